@@ -1,0 +1,145 @@
+//! What can be asked of the engine.
+
+use bytes::BytesMut;
+use felucca_protocol::batch::BatchHeader;
+
+use super::error::EngineError;
+use super::types::{LeaseId, Level, PartitionKey, SubscriptionId, TopicId};
+
+/// A validated record batch (CRC and structure were checked by the listener) whose base offset is still to be assigned.
+#[derive(Debug)]
+pub struct StagedBatch {
+    pub header: BatchHeader,
+    /// The whole batch; the engine writes base offset and epoch into its first bytes.
+    pub bytes: BytesMut,
+}
+
+/// One partition's part of a produce request, or one output of `complete`.
+#[derive(Debug)]
+pub struct AppendEntry {
+    pub partition: PartitionKey,
+    pub batch: StagedBatch,
+}
+
+/// Where a consumer or share group is moved to. `Timestamp` is resolved to an offset by the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SeekTo {
+    Beginning,
+    End,
+    Offset(u64),
+}
+
+/// One committed position of a consumer group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OffsetCommit {
+    pub partition: PartitionKey,
+    /// Next offset to read.
+    pub offset: u64,
+    pub metadata: String,
+}
+
+/// Names one lease on one record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LeaseRef {
+    pub partition: PartitionKey,
+    pub offset: u64,
+    pub lease: LeaseId,
+}
+
+/// Why a record failed, in the words of its handler. Lengths are bounded by the engine (excess is cut).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FailureDetail {
+    pub class: String,
+    pub reason: String,
+    pub detail: String,
+}
+
+/// What a member says became of a leased record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Ack,
+    /// Try again later. `delay_ms` overrides the backoff; `counted = false` adds no failure.
+    Nack { delay_ms: Option<u64>, counted: bool, detail: FailureDetail },
+    /// Never try again.
+    Reject { detail: FailureDetail },
+    /// Not started: available again at once, no failure.
+    Release,
+    /// New remaining time; `None` = the group's lease.
+    Extend { remaining_ms: Option<u64> },
+}
+
+/// One settlement of a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settlement {
+    pub record: LeaseRef,
+    pub outcome: Outcome,
+}
+
+/// One record found by a scan of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScannedRecord {
+    pub offset: u64,
+    /// Key slot ([`super::share::key_slot`]); `None` for a record without a key.
+    pub slot: Option<u16>,
+    /// Bytes that the record takes in its batch.
+    pub size: u32,
+}
+
+/// Everything that reaches the engine. Commands that carry no request id are told by the shard itself.
+#[derive(Debug)]
+pub enum Command {
+    // Topics and producers.
+    CreateTopic { id: TopicId, name: String, partitions: u32, config: Vec<(String, String)> },
+    AlterTopic { name: String, config: Vec<(String, String)> },
+    DeleteTopic { name: String },
+    /// No names = every topic.
+    Metadata { names: Vec<String> },
+    InitProducer,
+    Append { level: Level, entries: Vec<AppendEntry> },
+
+    // Consumer groups.
+    GroupHeartbeat { group: String, member: String, topics: Vec<String>, owned: Vec<PartitionKey>, generation: u64, leave: bool },
+    /// An empty member commits from outside, allowed while the group has no members.
+    CommitOffsets { group: String, member: String, generation: u64, offsets: Vec<OffsetCommit> },
+    /// No partitions = all that were committed.
+    FetchOffsets { group: String, partitions: Vec<PartitionKey> },
+
+    // Groups of both kinds.
+    CreateShareGroup { group: String, topics: Vec<String>, config: Vec<(String, String)>, from_end: bool },
+    AlterShareGroup { group: String, config: Vec<(String, String)> },
+    DeleteGroup { group: String },
+    PauseGroup { group: String, paused: bool },
+    SeekGroup { group: String, topic: String, positions: Vec<(u32, SeekTo)> },
+    ListGroups,
+    DescribeGroup { group: String },
+    ListDeadLetters { group: Option<String> },
+
+    // Share members.
+    ShareSubscribe {
+        subscription: SubscriptionId,
+        group: String,
+        member: String,
+        credit_records: u32,
+        credit_bytes: u32,
+        held: Vec<LeaseRef>,
+    },
+    /// No reply.
+    ShareCredit { subscription: SubscriptionId, records: u32, bytes: u32 },
+    /// The subscription's connection ended or it unsubscribed; its leases stay with the member. No reply.
+    ShareUnsubscribe { subscription: SubscriptionId },
+    /// Something was heard of these members (group, member). No reply.
+    MembersSeen { members: Vec<(String, String)> },
+    Settle { group: String, member: String, level: Level, settlements: Vec<Settlement> },
+    Complete { group: String, member: String, record: LeaseRef, outputs: Vec<AppendEntry> },
+
+    // Answers to the engine's own effects. No reply.
+    /// `records` are all that exist in `from..next`; what is missing in between does not exist.
+    Scanned { group: String, partition: PartitionKey, from: u64, next: u64, records: Vec<ScannedRecord> },
+    /// The log could not be read there; the engine asks again after a pause.
+    ScanFailed { group: String, partition: PartitionKey, from: u64, reason: String },
+    /// The dead letter for an exhausted record, ready to append; or why it could not be built.
+    DeadLetterBuilt { group: String, partition: PartitionKey, offset: u64, letter: Result<StagedBatch, String> },
+}
+
+/// Why a command failed. See [`EngineError`].
+pub type CommandResult<T> = Result<T, EngineError>;

@@ -1,0 +1,54 @@
+//! Why the engine refuses a command. Mapped to wire codes in each listener, in one place.
+
+use super::types::PartitionKey;
+
+/// A refusal. Nothing was changed by the refused command.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    #[error("topic {0:?} does not exist")]
+    UnknownTopic(String),
+    #[error("partition {0} does not exist")]
+    UnknownPartition(PartitionKey),
+    #[error("topic {0:?} exists already")]
+    TopicExists(String),
+    #[error("{0}")]
+    InvalidName(String),
+    #[error("{0}")]
+    InvalidConfig(String),
+    #[error("{0}")]
+    InvalidRequest(String),
+    #[error("topic {0:?} takes no records from producers: it belongs to a share group")]
+    ForeignProducer(String),
+    #[error("topic {0:?} does not allow the level `written`; create it with allow-written=true")]
+    WrittenNotAllowed(String),
+    #[error("sequence {got} of producer {producer_id}, expected {expected}")]
+    OutOfOrderSequence { producer_id: u64, got: u32, expected: u32 },
+    #[error("producer {producer_id} epoch {got} is older than {current}")]
+    ProducerFenced { producer_id: u64, got: u16, current: u16 },
+    #[error("producer id {0} was never given out by this broker")]
+    UnknownProducer(u64),
+    #[error("group {0:?} does not exist")]
+    UnknownGroup(String),
+    #[error("group {0:?} exists already")]
+    GroupExists(String),
+    #[error("group {group:?} is a {actual} group")]
+    WrongGroupKind { group: String, actual: &'static str },
+    #[error("member {0:?} is not in the group; join again")]
+    UnknownMember(String),
+    #[error("generation {got} is older than {current}; heartbeat to learn the assignment")]
+    StaleGeneration { got: u64, current: u64 },
+    #[error("the member does not own partition {0}")]
+    NotAssigned(PartitionKey),
+    #[error("offset {offset} is beyond the end {end} of partition {partition}")]
+    OffsetOutOfRange { partition: PartitionKey, offset: u64, end: u64 },
+    #[error("group {0:?} has active members")]
+    GroupNotEmpty(String),
+    #[error("{what} at its limit of {limit}")]
+    LimitReached { what: &'static str, limit: u64 },
+    #[error("the broker stopped accepting writes: {0}")]
+    ReadOnly(String),
+    #[error("the broker is stopping")]
+    Stopping,
+    #[error("group {group:?} refuses to serve: {reason}")]
+    GroupCorrupt { group: String, reason: String },
+}
