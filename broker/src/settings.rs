@@ -1,0 +1,316 @@
+//! What can be set about a server, as plain values with their units in their types.
+//!
+//! Nothing here reads files or the environment (see [`crate::config`]) and nothing here acts on the values. Whoever holds a
+//! [`ServerSettings`] that [`ServerSettings::validate`] has accepted may rely on every relation that it checks.
+
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// A number of bytes. Reads and shows as `512KiB`, `16MiB`, `1GiB`; a bare number is bytes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct ByteSize(pub u64);
+
+impl ByteSize {
+    pub const fn kib(n: u64) -> Self {
+        Self(n << 10)
+    }
+
+    pub const fn mib(n: u64) -> Self {
+        Self(n << 20)
+    }
+
+    pub const fn gib(n: u64) -> Self {
+        Self(n << 30)
+    }
+
+    /// For buffers; more than the address space holds becomes its largest value.
+    pub fn as_usize(self) -> usize {
+        usize::try_from(self.0).unwrap_or(usize::MAX)
+    }
+
+    /// For wire fields; more than 32 bits becomes the largest value.
+    pub fn as_u32(self) -> u32 {
+        u32::try_from(self.0).unwrap_or(u32::MAX)
+    }
+}
+
+/// Exact: the largest unit that divides the number.
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (shift, unit) = match self.0 {
+            n if n == 0 || n % (1 << 10) != 0 => (0, "B"),
+            n if n % (1 << 20) != 0 => (10, "KiB"),
+            n if n % (1 << 30) != 0 => (20, "MiB"),
+            _ => (30, "GiB"),
+        };
+        write!(f, "{}{unit}", self.0 >> shift)
+    }
+}
+
+impl fmt::Debug for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// The text is not a size.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected a size such as 1048576, 512KiB, 16MiB or 1GiB")]
+pub struct ParseByteSizeError;
+
+impl FromStr for ByteSize {
+    type Err = ParseByteSizeError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let text = text.trim();
+        let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+        let factor: u64 = match unit.trim_start() {
+            "" | "B" => 1,
+            "KiB" => 1 << 10,
+            "MiB" => 1 << 20,
+            "GiB" => 1 << 30,
+            "TiB" => 1 << 40,
+            _ => return Err(ParseByteSizeError),
+        };
+        let number: u64 = number.parse().map_err(|_| ParseByteSizeError)?;
+        number.checked_mul(factor).map(Self).ok_or(ParseByteSizeError)
+    }
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people; coloured on a terminal.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Everything that can be set about a server. The defaults are a server on this machine only.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ServerSettings {
+    /// Where journal, segments and checkpoints live; created when missing, locked while in use.
+    pub data_dir: PathBuf,
+    /// Where the native protocol is served; port 0 lets the system pick one.
+    pub listen: SocketAddr,
+    /// Allows a listen address that other machines can reach, without encryption or authentication.
+    pub insecure: bool,
+    pub log_format: LogFormat,
+    /// Largest frame of the protocol, enforced from its length alone.
+    pub max_frame_bytes: ByteSize,
+    /// Largest record batch.
+    pub max_batch_bytes: ByteSize,
+    /// Largest record: key, value and headers.
+    pub max_record_bytes: ByteSize,
+    /// Headers per record.
+    pub max_headers: u32,
+    /// Open connections; more are closed at once with an error.
+    pub max_connections: u32,
+    /// Bytes of requests taken in and not yet answered, of all connections together.
+    pub in_flight_bytes: ByteSize,
+    /// The same for one connection; beyond it the connection is not read.
+    pub connection_in_flight_bytes: ByteSize,
+    /// A member of a group is lost when nothing was heard of it for so long.
+    pub session_timeout: Duration,
+    /// A connection that has not said hello after so long is closed.
+    pub handshake_timeout: Duration,
+    /// How long a stopping server waits for running requests.
+    pub shutdown_timeout: Duration,
+    pub journal: JournalSettings,
+    pub segment: SegmentSettings,
+    /// Bytes journaled and not yet written to segments; beyond it producers wait.
+    pub unwritten_bytes: ByteSize,
+    /// Memory for the most recent batches of all partitions, so that readers near the end need no disk.
+    pub tail_cache_bytes: ByteSize,
+    /// Segment files held open.
+    pub open_files: u32,
+    pub checkpoint: CheckpointSettings,
+    pub limits: Limits,
+}
+
+/// The write-ahead journal.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JournalSettings {
+    /// Size of the first journal file: small, so that a fresh start is quick.
+    pub first_file_bytes: ByteSize,
+    /// Size of every later journal file.
+    pub file_bytes: ByteSize,
+    /// Written and not yet synced; beyond it producers wait.
+    pub max_unsynced_bytes: ByteSize,
+    /// While anything is unsynced, a sync begins at least this often.
+    pub sync_interval: Duration,
+}
+
+/// Segment files.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SegmentSettings {
+    /// Size at which a partition goes on in a new segment, unless its topic says otherwise.
+    pub bytes: ByteSize,
+}
+
+/// When state is checkpointed; whichever comes first.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CheckpointSettings {
+    pub interval: Duration,
+    /// Journal written since the last checkpoint: bounds how much a start has to replay.
+    pub journal_bytes: ByteSize,
+}
+
+/// Counts that the broker refuses to exceed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Limits {
+    pub topics: u64,
+    /// Of all topics together.
+    pub partitions: u64,
+    pub groups: u64,
+    pub members_per_group: u64,
+    /// Producers remembered per partition; the one that was silent longest is forgotten first.
+    pub producers_per_partition: u64,
+    /// Live leases of one share group on one partition.
+    pub leases: u64,
+    /// Scheduled, held and returned records of one share group on one partition.
+    pub exceptions: u64,
+}
+
+impl Default for ServerSettings {
+    fn default() -> Self {
+        Self {
+            data_dir: PathBuf::from("felucca-data"),
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 7650)),
+            insecure: false,
+            log_format: LogFormat::Text,
+            max_frame_bytes: ByteSize::mib(16),
+            max_batch_bytes: ByteSize::mib(8),
+            max_record_bytes: ByteSize::mib(1),
+            max_headers: 256,
+            max_connections: 10_000,
+            in_flight_bytes: ByteSize::mib(64),
+            connection_in_flight_bytes: ByteSize::mib(32),
+            session_timeout: Duration::from_secs(10),
+            handshake_timeout: Duration::from_secs(5),
+            shutdown_timeout: Duration::from_secs(10),
+            journal: JournalSettings {
+                first_file_bytes: ByteSize::mib(4),
+                file_bytes: ByteSize::mib(64),
+                max_unsynced_bytes: ByteSize::mib(16),
+                sync_interval: Duration::from_millis(50),
+            },
+            segment: SegmentSettings { bytes: ByteSize::mib(256) },
+            unwritten_bytes: ByteSize::mib(64),
+            tail_cache_bytes: ByteSize::mib(64),
+            open_files: 1024,
+            checkpoint: CheckpointSettings {
+                interval: Duration::from_mins(1),
+                journal_bytes: ByteSize::mib(256),
+            },
+            limits: Limits {
+                topics: 10_000,
+                partitions: 100_000,
+                groups: 20_000,
+                members_per_group: 10_000,
+                producers_per_partition: 10_000,
+                leases: 100_000,
+                exceptions: 2_000_000,
+            },
+        }
+    }
+}
+
+/// Values that are fine alone and impossible together.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SettingsError {
+    #[error("{larger} = {larger_value} must be at least {reason} = {needed}")]
+    TooSmall { larger: &'static str, larger_value: ByteSize, reason: &'static str, needed: ByteSize },
+    #[error(
+        "listen = {0} can be reached from other machines, and this version has neither encryption nor authentication; \
+         add --insecure when the network itself is trusted, or listen on 127.0.0.1"
+    )]
+    NotLoopback(SocketAddr),
+}
+
+/// What a frame needs besides the batches that it carries.
+const FRAME_OVERHEAD: ByteSize = ByteSize::kib(64);
+
+impl ServerSettings {
+    /// Checks what concerns several values at once; [`crate::config`] has checked each alone.
+    pub fn validate(&self) -> Result<(), SettingsError> {
+        if !self.listen.ip().is_loopback() && !self.insecure {
+            return Err(SettingsError::NotLoopback(self.listen));
+        }
+        let at_least = |larger, larger_value: ByteSize, reason, needed: ByteSize| {
+            if larger_value >= needed {
+                Ok(())
+            } else {
+                Err(SettingsError::TooSmall { larger, larger_value, reason, needed })
+            }
+        };
+        let framed = ByteSize(self.max_batch_bytes.0 + FRAME_OVERHEAD.0);
+        at_least("max-batch-bytes", self.max_batch_bytes, "max-record-bytes", self.max_record_bytes)?;
+        at_least("max-frame-bytes", self.max_frame_bytes, "max-batch-bytes + 64KiB", framed)?;
+        at_least(
+            "connection-in-flight-bytes",
+            self.connection_in_flight_bytes,
+            "max-frame-bytes",
+            self.max_frame_bytes,
+        )?;
+        at_least(
+            "in-flight-bytes",
+            self.in_flight_bytes,
+            "connection-in-flight-bytes",
+            self.connection_in_flight_bytes,
+        )?;
+        at_least("unwritten-bytes", self.unwritten_bytes, "max-frame-bytes", self.max_frame_bytes)?;
+        at_least(
+            "journal.file-bytes",
+            self.journal.file_bytes,
+            "journal.first-file-bytes",
+            self.journal.first_file_bytes,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_read_and_show_alike() {
+        for (text, bytes) in
+            [("0B", 0), ("1000B", 1000), ("1KiB", 1 << 10), ("16MiB", 16 << 20), ("3GiB", 3 << 30)]
+        {
+            assert_eq!(text.parse(), Ok(ByteSize(bytes)));
+            assert_eq!(ByteSize(bytes).to_string(), text);
+        }
+        assert_eq!("16 MiB".parse(), Ok(ByteSize::mib(16)));
+        assert_eq!("4096".parse(), Ok(ByteSize::kib(4)));
+        for wrong in ["", "MiB", "1.5MiB", "-1", "1MB", "99999999999999TiB", "1 MiB 2"] {
+            assert_eq!(wrong.parse::<ByteSize>(), Err(ParseByteSizeError), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_defaults_are_valid() {
+        assert_eq!(ServerSettings::default().validate(), Ok(()));
+    }
+
+    #[test]
+    fn a_reachable_address_needs_consent() {
+        let mut settings =
+            ServerSettings { listen: "0.0.0.0:7650".parse().unwrap(), ..ServerSettings::default() };
+        assert!(settings.validate().unwrap_err().to_string().contains("--insecure"));
+        settings.insecure = true;
+        assert_eq!(settings.validate(), Ok(()));
+        settings = ServerSettings { listen: "[::1]:7650".parse().unwrap(), ..ServerSettings::default() };
+        assert_eq!(settings.validate(), Ok(()));
+    }
+
+    #[test]
+    fn sizes_must_fit_into_one_another() {
+        let settings = ServerSettings { max_batch_bytes: ByteSize::mib(16), ..ServerSettings::default() };
+        let message = settings.validate().unwrap_err().to_string();
+        assert!(message.contains("max-frame-bytes = 16MiB"), "{message}");
+    }
+}
