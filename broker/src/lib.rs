@@ -2,5 +2,6 @@
 
 pub mod config;
 pub mod disk;
+pub mod engine;
 pub mod settings;
 pub mod telemetry;

@@ -59,13 +59,21 @@ pub struct FailureDetail {
 pub enum Outcome {
     Ack,
     /// Try again later. `delay_ms` overrides the backoff; `counted = false` adds no failure.
-    Nack { delay_ms: Option<u64>, counted: bool, detail: FailureDetail },
+    Nack {
+        delay_ms: Option<u64>,
+        counted: bool,
+        detail: FailureDetail,
+    },
     /// Never try again.
-    Reject { detail: FailureDetail },
+    Reject {
+        detail: FailureDetail,
+    },
     /// Not started: available again at once, no failure.
     Release,
     /// New remaining time; `None` = the group's lease.
-    Extend { remaining_ms: Option<u64> },
+    Extend {
+        remaining_ms: Option<u64>,
+    },
 }
 
 /// One settlement of a request.
@@ -89,30 +97,81 @@ pub struct ScannedRecord {
 #[derive(Debug)]
 pub enum Command {
     // Topics and producers.
-    CreateTopic { id: TopicId, name: String, partitions: u32, config: Vec<(String, String)> },
-    AlterTopic { name: String, config: Vec<(String, String)> },
-    DeleteTopic { name: String },
+    CreateTopic {
+        id: TopicId,
+        name: String,
+        partitions: u32,
+        config: Vec<(String, String)>,
+    },
+    AlterTopic {
+        name: String,
+        config: Vec<(String, String)>,
+    },
+    DeleteTopic {
+        name: String,
+    },
     /// No names = every topic.
-    Metadata { names: Vec<String> },
+    Metadata {
+        names: Vec<String>,
+    },
     InitProducer,
-    Append { level: Level, entries: Vec<AppendEntry> },
+    Append {
+        level: Level,
+        entries: Vec<AppendEntry>,
+    },
 
     // Consumer groups.
-    GroupHeartbeat { group: String, member: String, topics: Vec<String>, owned: Vec<PartitionKey>, generation: u64, leave: bool },
+    GroupHeartbeat {
+        group: String,
+        member: String,
+        topics: Vec<String>,
+        owned: Vec<PartitionKey>,
+        generation: u64,
+        leave: bool,
+    },
     /// An empty member commits from outside, allowed while the group has no members.
-    CommitOffsets { group: String, member: String, generation: u64, offsets: Vec<OffsetCommit> },
+    CommitOffsets {
+        group: String,
+        member: String,
+        generation: u64,
+        offsets: Vec<OffsetCommit>,
+    },
     /// No partitions = all that were committed.
-    FetchOffsets { group: String, partitions: Vec<PartitionKey> },
+    FetchOffsets {
+        group: String,
+        partitions: Vec<PartitionKey>,
+    },
 
     // Groups of both kinds.
-    CreateShareGroup { group: String, topics: Vec<String>, config: Vec<(String, String)>, from_end: bool },
-    AlterShareGroup { group: String, config: Vec<(String, String)> },
-    DeleteGroup { group: String },
-    PauseGroup { group: String, paused: bool },
-    SeekGroup { group: String, topic: String, positions: Vec<(u32, SeekTo)> },
+    CreateShareGroup {
+        group: String,
+        topics: Vec<String>,
+        config: Vec<(String, String)>,
+        from_end: bool,
+    },
+    AlterShareGroup {
+        group: String,
+        config: Vec<(String, String)>,
+    },
+    DeleteGroup {
+        group: String,
+    },
+    PauseGroup {
+        group: String,
+        paused: bool,
+    },
+    SeekGroup {
+        group: String,
+        topic: String,
+        positions: Vec<(u32, SeekTo)>,
+    },
     ListGroups,
-    DescribeGroup { group: String },
-    ListDeadLetters { group: Option<String> },
+    DescribeGroup {
+        group: String,
+    },
+    ListDeadLetters {
+        group: Option<String>,
+    },
 
     // Share members.
     ShareSubscribe {
@@ -124,21 +183,55 @@ pub enum Command {
         held: Vec<LeaseRef>,
     },
     /// No reply.
-    ShareCredit { subscription: SubscriptionId, records: u32, bytes: u32 },
+    ShareCredit {
+        subscription: SubscriptionId,
+        records: u32,
+        bytes: u32,
+    },
     /// The subscription's connection ended or it unsubscribed; its leases stay with the member. No reply.
-    ShareUnsubscribe { subscription: SubscriptionId },
+    ShareUnsubscribe {
+        subscription: SubscriptionId,
+    },
     /// Something was heard of these members (group, member). No reply.
-    MembersSeen { members: Vec<(String, String)> },
-    Settle { group: String, member: String, level: Level, settlements: Vec<Settlement> },
-    Complete { group: String, member: String, record: LeaseRef, outputs: Vec<AppendEntry> },
+    MembersSeen {
+        members: Vec<(String, String)>,
+    },
+    Settle {
+        group: String,
+        member: String,
+        level: Level,
+        settlements: Vec<Settlement>,
+    },
+    Complete {
+        group: String,
+        member: String,
+        record: LeaseRef,
+        outputs: Vec<AppendEntry>,
+    },
 
     // Answers to the engine's own effects. No reply.
     /// `records` are all that exist in `from..next`; what is missing in between does not exist.
-    Scanned { group: String, partition: PartitionKey, from: u64, next: u64, records: Vec<ScannedRecord> },
+    Scanned {
+        group: String,
+        partition: PartitionKey,
+        from: u64,
+        next: u64,
+        records: Vec<ScannedRecord>,
+    },
     /// The log could not be read there; the engine asks again after a pause.
-    ScanFailed { group: String, partition: PartitionKey, from: u64, reason: String },
+    ScanFailed {
+        group: String,
+        partition: PartitionKey,
+        from: u64,
+        reason: String,
+    },
     /// The dead letter for an exhausted record, ready to append; or why it could not be built.
-    DeadLetterBuilt { group: String, partition: PartitionKey, offset: u64, letter: Result<StagedBatch, String> },
+    DeadLetterBuilt {
+        group: String,
+        partition: PartitionKey,
+        offset: u64,
+        letter: Result<StagedBatch, String>,
+    },
 }
 
 /// Why a command failed. See [`EngineError`].

@@ -16,9 +16,15 @@ use super::types::{LeaseId, Level, PartitionKey, RequestId, SubscriptionId, Topi
 pub enum TopicKind {
     Standard,
     /// Dead letters of one share group on one source topic.
-    DeadLetter { group: String, source: String },
+    DeadLetter {
+        group: String,
+        source: String,
+    },
     /// Records redriven to one share group only.
-    Redrive { group: String, source: String },
+    Redrive {
+        group: String,
+        source: String,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -144,11 +150,21 @@ pub enum Reply {
     Done,
     Topic(TopicInfo),
     /// Known topics, and the names that are unknown.
-    Metadata { topics: Vec<TopicInfo>, unknown: Vec<String> },
-    Producer { producer_id: u64, epoch: u16 },
+    Metadata {
+        topics: Vec<TopicInfo>,
+        unknown: Vec<String>,
+    },
+    Producer {
+        producer_id: u64,
+        epoch: u16,
+    },
     /// One per entry, in order.
     Appended(Vec<Result<Appended, EngineError>>),
-    Heartbeat { generation: u64, assigned: Vec<PartitionKey>, interval_ms: u32 },
+    Heartbeat {
+        generation: u64,
+        assigned: Vec<PartitionKey>,
+        interval_ms: u32,
+    },
     /// One per item, in order.
     OffsetsCommitted(Vec<Result<(), EngineError>>),
     Offsets(Vec<OffsetCommit>),
@@ -157,7 +173,10 @@ pub enum Reply {
     DeadLetters(Vec<DeadLetterInfo>),
     /// One per settlement, in order.
     Settled(Vec<SettleResult>),
-    Completed { result: SettleResult, base_offsets: Vec<u64> },
+    Completed {
+        result: SettleResult,
+        base_offsets: Vec<u64>,
+    },
     Error(EngineError),
 }
 

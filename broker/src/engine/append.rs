@@ -1,0 +1,127 @@
+//! Appending record batches.
+
+use felucca_protocol::batch::BatchHeader;
+
+use super::Engine;
+use super::command::{AppendEntry, StagedBatch};
+use super::effect::{Advance, Appended, Effects, TopicKind};
+use super::error::EngineError;
+use super::event::{self, Event, event::Kind};
+use super::partition::Sequence;
+use super::types::{Level, Lsn, PartitionKey};
+
+/// Who appends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    Producer,
+    /// The outputs of a redrive: may also go to topics that belong to share groups.
+    Redrive,
+    /// The engine itself.
+    DeadLetter,
+}
+
+impl Engine {
+    /// Appends each entry or refuses it; one result per entry. Answers also the level at which the reply may leave.
+    pub(super) fn append(
+        &mut self,
+        lsn: Lsn,
+        asked: Level,
+        entries: Vec<AppendEntry>,
+        out: &mut Effects,
+    ) -> (Vec<Result<Appended, EngineError>>, Level) {
+        let mut level = asked;
+        let mut results = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let checked = self.check_append(entry.partition, asked, &entry.batch.header, Origin::Producer);
+            results.push(checked.map(|sequence| match sequence {
+                Sequence::Duplicate(base_offset) => Appended { base_offset, duplicate: true },
+                Sequence::Next => {
+                    let (base_offset, shown_at) = self.append_checked(lsn, entry.partition, entry.batch, out);
+                    level = level.max(shown_at);
+                    Appended { base_offset, duplicate: false }
+                }
+            }));
+        }
+        (results, level)
+    }
+
+    pub(super) fn check_append(
+        &self,
+        key: PartitionKey,
+        asked: Level,
+        header: &BatchHeader,
+        origin: Origin,
+    ) -> Result<Sequence, EngineError> {
+        let Some(topic) = self.catalog.get(&key.topic) else {
+            return Err(EngineError::UnknownTopic(key.topic.to_string()));
+        };
+        let Some(partition) = self.partitions.get(&key) else {
+            return Err(EngineError::UnknownPartition(key));
+        };
+        if topic.kind != TopicKind::Standard && origin == Origin::Producer {
+            return Err(EngineError::ForeignProducer(topic.name.to_string()));
+        }
+        if asked == Level::Written && !topic.config.allow_written {
+            return Err(EngineError::WrittenNotAllowed(topic.name.to_string()));
+        }
+        if let Ok(producer_id) = u64::try_from(header.producer_id)
+            && producer_id >= self.meta.next_producer_id
+        {
+            return Err(EngineError::UnknownProducer(producer_id));
+        }
+        partition.check_sequence(header)
+    }
+
+    /// Appends a checked batch; answers its base offset, and the level before which its offsets may not be shown.
+    pub(super) fn append_checked(
+        &mut self,
+        lsn: Lsn,
+        key: PartitionKey,
+        mut batch: StagedBatch,
+        out: &mut Effects,
+    ) -> (u64, Level) {
+        let Some(config) = self.catalog.get(&key.topic).map(|topic| topic.config.clone()) else {
+            return (0, Level::Synced);
+        };
+        let Some(partition) = self.partitions.get(&key) else { return (0, Level::Synced) };
+        let (topic_id, index) = (key.topic.0.to_vec(), key.partition);
+        if let Some(segment) = partition.next_segment(batch.bytes.len() as u64, config.segment_bytes) {
+            let added = event::SegmentAdded {
+                topic_id: topic_id.clone(),
+                partition: index,
+                base_offset: segment.base_offset,
+                generation: segment.generation,
+            };
+            self.stage_event(Kind::SegmentAdded(added), out);
+        }
+        let mut may_show = Level::Written;
+        if config.allow_written
+            && let Some(partition) = self.partitions.get(&key)
+            && let Some(ceiling) = partition.next_ceiling()
+        {
+            if partition.end >= partition.ceiling {
+                // Nothing synced covers these offsets yet.
+                may_show = Level::Synced;
+            }
+            let raised = event::CeilingRaised { topic_id: topic_id.clone(), partition: index, ceiling };
+            self.stage_event(Kind::CeilingRaised(raised), out);
+        }
+        let Some(partition) = self.partitions.get_mut(&key) else { return (0, Level::Synced) };
+        partition.assign(&mut batch.bytes);
+        batch.header.base_offset = partition.end;
+        let bytes = batch.bytes.freeze();
+        let write = partition.append(&batch.header, bytes.clone(), self.settings.max_producers_per_partition);
+        let high_watermark = partition.end;
+        self.desk.dirty.insert(super::stage::RowKey::Partition(key));
+        out.events.push(Event { kind: Some(Kind::Appended(event::Appended { topic_id, partition: index })) });
+        out.batches.push(bytes);
+        out.segment_writes.push(write);
+        let level = config.visibility.max(may_show);
+        out.advances.push(Advance { partition: key, high_watermark, level });
+        match level {
+            Level::Written => self.unwritten.push_back((lsn, key, high_watermark)),
+            Level::Synced => self.unsynced.push_back((lsn, key, high_watermark)),
+        }
+        (batch.header.base_offset, may_show)
+    }
+}

@@ -1,0 +1,364 @@
+//! Settings of topics and share groups: the keys, their ranges and defaults, and how text becomes a value.
+
+use std::time::Duration;
+
+use super::error::EngineError;
+use super::event::ConfigEntry;
+use super::types::Level;
+
+/// Limits that hold for the whole engine. Plain values; the defaults are what a small server wants.
+#[derive(Clone, Debug)]
+pub struct EngineSettings {
+    /// Size at which a partition goes on in a new segment, unless its topic says otherwise. Bytes.
+    pub segment_bytes: u64,
+    /// A member of a group is lost when nothing was heard of it for so long.
+    pub session_timeout: Duration,
+    pub max_topics: u64,
+    /// Of all topics together.
+    pub max_partitions: u64,
+    pub max_groups: u64,
+    pub max_members_per_group: u64,
+    /// Producers remembered per partition; the one that was silent longest is forgotten first.
+    pub max_producers_per_partition: u64,
+    /// Live leases of one group on one partition; at the limit nothing new is handed out.
+    pub max_leases: u64,
+    /// Returned records (scheduled, held, …) of one group on one partition; at the limit no new records are handed out.
+    pub max_exceptions: u64,
+}
+
+impl Default for EngineSettings {
+    fn default() -> Self {
+        Self {
+            segment_bytes: 256 << 20,
+            session_timeout: Duration::from_secs(10),
+            max_topics: 10_000,
+            max_partitions: 100_000,
+            max_groups: 20_000,
+            max_members_per_group: 10_000,
+            max_producers_per_partition: 10_000,
+            max_leases: 100_000,
+            max_exceptions: 2_000_000,
+        }
+    }
+}
+
+/// Settings of one topic.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct TopicConfig {
+    pub(crate) segment_bytes: u64,
+    /// Producers may ask for the level `written`.
+    pub(crate) allow_written: bool,
+    /// The level at which records become visible to readers.
+    pub(crate) visibility: Level,
+}
+
+impl TopicConfig {
+    pub(crate) fn new(settings: &EngineSettings) -> Self {
+        Self { segment_bytes: settings.segment_bytes, allow_written: false, visibility: Level::Synced }
+    }
+
+    /// Applies `key=value` pairs; nothing is changed when one of them is refused.
+    pub(crate) fn with(mut self, entries: &[(String, String)]) -> Result<Self, EngineError> {
+        for (key, value) in entries {
+            match key.as_str() {
+                "segment-bytes" => self.segment_bytes = parse_bytes(key, value, 64 << 10, 1 << 30)?,
+                "allow-written" => {
+                    self.allow_written = parse_choice(key, value, &[("true", true), ("false", false)])?;
+                }
+                "visibility" => {
+                    self.visibility =
+                        parse_choice(key, value, &[("synced", Level::Synced), ("written", Level::Written)])?;
+                }
+                _ => {
+                    return Err(unknown_key("topic", key, &["segment-bytes", "allow-written", "visibility"]));
+                }
+            }
+        }
+        if self.visibility == Level::Written && !self.allow_written {
+            return Err(EngineError::InvalidConfig("visibility=written needs allow-written=true".to_owned()));
+        }
+        Ok(self)
+    }
+
+    pub(crate) fn entries(&self) -> Vec<(String, String)> {
+        let visibility = if self.visibility == Level::Synced { "synced" } else { "written" };
+        [
+            ("segment-bytes", self.segment_bytes.to_string()),
+            ("allow-written", self.allow_written.to_string()),
+            ("visibility", visibility.to_owned()),
+        ]
+        .map(|(key, value)| (key.to_owned(), value))
+        .into()
+    }
+}
+
+/// What becomes of a record that is not tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OnExhausted {
+    DeadLetter,
+    /// Kept in place; in key-ordered mode its key stays blocked.
+    Hold,
+    Discard,
+}
+
+/// Settings of one share group.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct ShareConfig {
+    pub(crate) lease_ms: u64,
+    pub(crate) max_lease_ms: u64,
+    pub(crate) backoff_initial_ms: u64,
+    pub(crate) backoff_max_ms: u64,
+    pub(crate) backoff_multiplier: f64,
+    pub(crate) jitter: f64,
+    pub(crate) max_failures: u32,
+    pub(crate) max_deliveries: u32,
+    /// `ordering=key`: records of one key never overtake each other.
+    pub(crate) ordered: bool,
+    pub(crate) on_exhausted: OnExhausted,
+    /// Error classes that end a record at once.
+    pub(crate) non_retryable: Vec<String>,
+}
+
+impl Default for ShareConfig {
+    fn default() -> Self {
+        Self {
+            lease_ms: 30_000,
+            max_lease_ms: 12 * 3_600_000,
+            backoff_initial_ms: 1_000,
+            backoff_max_ms: 300_000,
+            backoff_multiplier: 2.0,
+            jitter: 0.2,
+            max_failures: 10,
+            max_deliveries: 100,
+            ordered: false,
+            on_exhausted: OnExhausted::DeadLetter,
+            non_retryable: Vec::new(),
+        }
+    }
+}
+
+const SHARE_KEYS: &[&str] = &[
+    "lease",
+    "max-lease",
+    "backoff-initial",
+    "backoff-max",
+    "backoff-multiplier",
+    "jitter",
+    "max-failures",
+    "max-deliveries",
+    "ordering",
+    "on-exhausted",
+    "non-retryable-classes",
+];
+
+impl ShareConfig {
+    /// Applies `key=value` pairs; nothing is changed when one of them is refused.
+    pub(crate) fn with(mut self, entries: &[(String, String)]) -> Result<Self, EngineError> {
+        const DAY_MS: u64 = 24 * 3_600_000;
+        for (key, value) in entries {
+            match key.as_str() {
+                "lease" => self.lease_ms = parse_millis(key, value, 100, 12 * 3_600_000)?,
+                "max-lease" => self.max_lease_ms = parse_millis(key, value, 1_000, 7 * DAY_MS)?,
+                "backoff-initial" => self.backoff_initial_ms = parse_millis(key, value, 0, DAY_MS)?,
+                "backoff-max" => self.backoff_max_ms = parse_millis(key, value, 0, 7 * DAY_MS)?,
+                "backoff-multiplier" => self.backoff_multiplier = parse_number(key, value, 1.0, 100.0)?,
+                "jitter" => self.jitter = parse_number(key, value, 0.0, 1.0)?,
+                "max-failures" => self.max_failures = parse_number(key, value, 1, 1_000_000)?,
+                "max-deliveries" => self.max_deliveries = parse_number(key, value, 1, 1_000_000)?,
+                "ordering" => self.ordered = parse_choice(key, value, &[("none", false), ("key", true)])?,
+                "on-exhausted" => {
+                    self.on_exhausted = parse_choice(
+                        key,
+                        value,
+                        &[
+                            ("dead-letter", OnExhausted::DeadLetter),
+                            ("hold", OnExhausted::Hold),
+                            ("discard", OnExhausted::Discard),
+                        ],
+                    )?;
+                }
+                "non-retryable-classes" => {
+                    self.non_retryable = value.split_whitespace().map(str::to_owned).collect();
+                }
+                _ => return Err(unknown_key("share group", key, SHARE_KEYS)),
+            }
+        }
+        if self.backoff_max_ms < self.backoff_initial_ms {
+            return Err(EngineError::InvalidConfig("backoff-max is below backoff-initial".to_owned()));
+        }
+        if self.max_lease_ms < self.lease_ms {
+            return Err(EngineError::InvalidConfig("max-lease is below lease".to_owned()));
+        }
+        Ok(self)
+    }
+
+    pub(crate) fn entries(&self) -> Vec<(String, String)> {
+        let millis = |ms: u64| humantime::format_duration(Duration::from_millis(ms)).to_string();
+        let on_exhausted = match self.on_exhausted {
+            OnExhausted::DeadLetter => "dead-letter",
+            OnExhausted::Hold => "hold",
+            OnExhausted::Discard => "discard",
+        };
+        [
+            ("lease", millis(self.lease_ms)),
+            ("max-lease", millis(self.max_lease_ms)),
+            ("backoff-initial", millis(self.backoff_initial_ms)),
+            ("backoff-max", millis(self.backoff_max_ms)),
+            ("backoff-multiplier", self.backoff_multiplier.to_string()),
+            ("jitter", self.jitter.to_string()),
+            ("max-failures", self.max_failures.to_string()),
+            ("max-deliveries", self.max_deliveries.to_string()),
+            ("ordering", if self.ordered { "key" } else { "none" }.to_owned()),
+            ("on-exhausted", on_exhausted.to_owned()),
+            ("non-retryable-classes", self.non_retryable.join(" ")),
+        ]
+        .map(|(key, value)| (key.to_owned(), value))
+        .into()
+    }
+
+    pub(crate) fn is_non_retryable(&self, class: &str) -> bool {
+        !class.is_empty() && self.non_retryable.iter().any(|declared| declared == class)
+    }
+
+    /// The wait before the attempt after the `failures`-th failure:
+    /// `min(max, initial · multiplier^(failures-1)) · U(1-jitter, 1+jitter)`, milliseconds.
+    pub(crate) fn backoff_ms(&self, failures: u32, entropy: u64) -> u64 {
+        let exponent = failures.saturating_sub(1).min(1_000);
+        let grown = self.backoff_initial_ms as f64 * self.backoff_multiplier.powi(exponent.cast_signed());
+        let base = grown.min(self.backoff_max_ms as f64);
+        // 53 bits make a uniform fraction in 0..1.
+        let fraction = (mix(entropy) >> 11) as f64 / (1_u64 << 53) as f64;
+        (base * (1.0 - self.jitter + 2.0 * self.jitter * fraction)).round() as u64
+    }
+}
+
+/// Derives independent bits from given ones (the finalizer of SplitMix64, Steele et al. 2014).
+pub(crate) fn mix(seed: u64) -> u64 {
+    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+pub(crate) fn to_entries(config: &[(String, String)]) -> Vec<ConfigEntry> {
+    config.iter().map(|(key, value)| ConfigEntry { key: key.clone(), value: value.clone() }).collect()
+}
+
+pub(crate) fn from_entries(entries: &[ConfigEntry]) -> Vec<(String, String)> {
+    entries.iter().map(|entry| (entry.key.clone(), entry.value.clone())).collect()
+}
+
+fn invalid(key: &str, value: &str, wanted: &str) -> EngineError {
+    EngineError::InvalidConfig(format!("{key}={value}: {wanted}"))
+}
+
+fn unknown_key(what: &str, key: &str, known: &[&str]) -> EngineError {
+    let nearest = known.iter().min_by_key(|candidate| strsim::damerau_levenshtein(key, candidate));
+    let hint = nearest.map(|nearest| format!("; did you mean {nearest:?}?")).unwrap_or_default();
+    EngineError::InvalidConfig(format!("unknown {what} setting {key:?}{hint}"))
+}
+
+fn parse_choice<T: Copy>(key: &str, value: &str, choices: &[(&str, T)]) -> Result<T, EngineError> {
+    choices.iter().find(|(name, _)| *name == value).map(|(_, choice)| *choice).ok_or_else(|| {
+        let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
+        invalid(key, value, &format!("expected one of {}", names.join(", ")))
+    })
+}
+
+fn parse_number<T: std::str::FromStr + PartialOrd + std::fmt::Display>(
+    key: &str,
+    value: &str,
+    min: T,
+    max: T,
+) -> Result<T, EngineError> {
+    match value.parse::<T>() {
+        Ok(number) if number >= min && number <= max => Ok(number),
+        _ => Err(invalid(key, value, &format!("expected a number from {min} to {max}"))),
+    }
+}
+
+fn parse_millis(key: &str, value: &str, min: u64, max: u64) -> Result<u64, EngineError> {
+    let millis =
+        humantime::parse_duration(value).ok().and_then(|duration| u64::try_from(duration.as_millis()).ok());
+    match millis {
+        Some(millis) if millis >= min && millis <= max => Ok(millis),
+        _ => {
+            let shown = |ms| humantime::format_duration(Duration::from_millis(ms)).to_string();
+            Err(invalid(
+                key,
+                value,
+                &format!("expected a time such as 500ms, 30s or 5m, from {} to {}", shown(min), shown(max)),
+            ))
+        }
+    }
+}
+
+fn parse_bytes(key: &str, value: &str, min: u64, max: u64) -> Result<u64, EngineError> {
+    let (number, unit) = value.split_at(value.find(|c: char| !c.is_ascii_digit()).unwrap_or(value.len()));
+    let factor = match unit.trim() {
+        "" | "B" => Some(1_u64),
+        "KiB" => Some(1 << 10),
+        "MiB" => Some(1 << 20),
+        "GiB" => Some(1 << 30),
+        _ => None,
+    };
+    let bytes =
+        number.parse::<u64>().ok().zip(factor).and_then(|(number, factor)| number.checked_mul(factor));
+    match bytes {
+        Some(bytes) if bytes >= min && bytes <= max => Ok(bytes),
+        _ => Err(invalid(
+            key,
+            value,
+            &format!("expected a size such as 1048576, 512KiB or 64MiB, from {min} to {max} bytes"),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pairs(entries: &[(&str, &str)]) -> Vec<(String, String)> {
+        entries.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn backoff_grows_to_its_bound_and_stays_within_jitter() {
+        let config = ShareConfig::default();
+        for (failures, base) in
+            [(1, 1_000.0), (2, 2_000.0), (5, 16_000.0), (30, 300_000.0), (u32::MAX, 300_000.0)]
+        {
+            for seed in 0..200 {
+                let delay = config.backoff_ms(failures, seed) as f64;
+                assert!(delay >= base * 0.8 - 1.0 && delay <= base * 1.2 + 1.0, "{failures}: {delay}");
+            }
+        }
+    }
+
+    #[test]
+    fn settings_survive_a_round_trip_through_text() {
+        let config = ShareConfig::default()
+            .with(&pairs(&[
+                ("lease", "45s"),
+                ("jitter", "0.5"),
+                ("ordering", "key"),
+                ("on-exhausted", "hold"),
+            ]))
+            .unwrap();
+        assert_eq!(ShareConfig::default().with(&config.entries()).unwrap(), config);
+        let topic = TopicConfig::new(&EngineSettings::default())
+            .with(&pairs(&[("segment-bytes", "1MiB"), ("allow-written", "true"), ("visibility", "written")]))
+            .unwrap();
+        assert_eq!(TopicConfig::new(&EngineSettings::default()).with(&topic.entries()).unwrap(), topic);
+    }
+
+    #[test]
+    fn refusals_name_the_key_and_what_is_allowed() {
+        let refused =
+            |entries: &[(&str, &str)]| ShareConfig::default().with(&pairs(entries)).unwrap_err().to_string();
+        assert!(refused(&[("max-failure", "3")]).contains("max-failures"));
+        assert!(refused(&[("jitter", "2")]).contains("from 0 to 1"));
+        assert!(refused(&[("lease", "soon")]).contains("lease=soon"));
+        assert!(refused(&[("ordering", "keys")]).contains("none, key"));
+    }
+}

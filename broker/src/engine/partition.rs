@@ -1,0 +1,280 @@
+//! One partition's log as the engine knows it: offsets, segments, producers. The bytes are elsewhere.
+//!
+//! `log_start ≤ end`; `end` is the offset that the next record gets. Offsets are never minted twice: see [`Partition::ceiling`].
+
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::BytesMut;
+use felucca_protocol::batch::{self, BatchHeader};
+
+use super::effect::{SegmentName, SegmentWrite};
+use super::error::EngineError;
+use super::event::{PartitionRow, ProducerBatchRow, ProducerRow, SegmentRow};
+use super::types::PartitionKey;
+
+/// Batches remembered per producer: as many as a producer may have in flight (Kafka's `max.in.flight.requests` with
+/// idempotence).
+const REMEMBERED_BATCHES: usize = 5;
+/// Sequences wrap to 0 after it, as Kafka's do.
+const MAX_SEQUENCE: u32 = i32::MAX as u32;
+/// How far a ceiling is raised ahead of the end, and how near the end may come before it is raised again. At most 16 MiB of
+/// journal are unsynced at a time, so the raise is synced long before the end has passed the old ceiling.
+const CEILING_AHEAD: u64 = 16 << 20;
+const CEILING_MARGIN: u64 = 8 << 20;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Segment {
+    pub(crate) base_offset: u64,
+    pub(crate) generation: u32,
+    pub(crate) bytes: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct ProducerBatch {
+    first_sequence: u32,
+    last_sequence: u32,
+    base_offset: u64,
+}
+
+#[derive(Debug)]
+struct Producer {
+    epoch: u16,
+    batches: VecDeque<ProducerBatch>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Partition {
+    pub(crate) key: PartitionKey,
+    /// Raised when a power loss may have taken offsets that had been shown.
+    pub(crate) epoch: i32,
+    pub(crate) log_start: u64,
+    pub(crate) end: u64,
+    /// Every offset below it may have been shown before it was synced; 0 on a partition that shows synced records only.
+    pub(crate) ceiling: u64,
+    /// Never empty; the last one is written to.
+    pub(crate) segments: Vec<Segment>,
+    producers: BTreeMap<u64, Producer>,
+}
+
+/// What a producer's batch is to a partition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sequence {
+    Next,
+    /// It had been appended before, at this offset.
+    Duplicate(u64),
+}
+
+impl Partition {
+    pub(crate) fn new(key: PartitionKey) -> Self {
+        let first = Segment { base_offset: 0, generation: 0, bytes: 0 };
+        Self {
+            key,
+            epoch: 0,
+            log_start: 0,
+            end: 0,
+            ceiling: 0,
+            segments: vec![first],
+            producers: BTreeMap::new(),
+        }
+    }
+
+    fn active(&self) -> Segment {
+        // The list is never empty: `new` and `from_row` see to it, and segments are only added.
+        self.segments.last().copied().unwrap_or(Segment { base_offset: self.end, generation: 0, bytes: 0 })
+    }
+
+    pub(crate) fn segment_name(&self, segment: &Segment) -> SegmentName {
+        SegmentName { partition: self.key, base_offset: segment.base_offset, generation: segment.generation }
+    }
+
+    /// Whether a batch of an idempotent producer comes next, came before, or must be refused.
+    pub(crate) fn check_sequence(&self, header: &BatchHeader) -> Result<Sequence, EngineError> {
+        let Ok(producer_id) = u64::try_from(header.producer_id) else { return Ok(Sequence::Next) };
+        let epoch = header.producer_epoch.cast_unsigned();
+        let first = header.base_sequence.cast_unsigned();
+        let Some(producer) = self.producers.get(&producer_id) else {
+            return expect_sequence(producer_id, first, 0);
+        };
+        if epoch < producer.epoch {
+            return Err(EngineError::ProducerFenced { producer_id, got: epoch, current: producer.epoch });
+        }
+        if epoch > producer.epoch {
+            return expect_sequence(producer_id, first, 0);
+        }
+        let last = last_sequence(header);
+        let seen =
+            producer.batches.iter().find(|seen| seen.first_sequence == first && seen.last_sequence == last);
+        if let Some(seen) = seen {
+            return Ok(Sequence::Duplicate(seen.base_offset));
+        }
+        let expected = producer.batches.back().map_or(0, |batch| next_sequence(batch.last_sequence));
+        expect_sequence(producer_id, first, expected)
+    }
+
+    /// The segment to add before a batch of `length` bytes is appended, when the active one is full.
+    pub(crate) fn next_segment(&self, length: u64, segment_bytes: u64) -> Option<Segment> {
+        let active = self.active();
+        let full = active.bytes > 0 && active.bytes + length > segment_bytes;
+        full.then(|| Segment { base_offset: self.end, generation: active.generation + 1, bytes: 0 })
+    }
+
+    /// The ceiling to raise to before more is shown unsynced, if it is time.
+    pub(crate) fn next_ceiling(&self) -> Option<u64> {
+        (self.end + CEILING_MARGIN > self.ceiling).then_some(self.end + CEILING_AHEAD)
+    }
+
+    /// Writes offset and epoch into a batch that is about to be appended.
+    pub(crate) fn assign(&self, bytes: &mut BytesMut) {
+        batch::assign(bytes, self.end, self.epoch);
+    }
+
+    // ---- The fold ----
+
+    /// Appends a batch whose offset is assigned; answers where its bytes go.
+    pub(crate) fn append(
+        &mut self,
+        header: &BatchHeader,
+        bytes: bytes::Bytes,
+        max_producers: u64,
+    ) -> SegmentWrite {
+        let last_offset = header.base_offset + u64::from(header.last_offset_delta);
+        let length = bytes.len() as u64;
+        let mut position = 0;
+        if let Some(active) = self.segments.last_mut() {
+            position = active.bytes;
+            active.bytes += length;
+        }
+        self.end = last_offset + 1;
+        self.remember(header, max_producers);
+        SegmentWrite {
+            segment: self.segment_name(&self.active()),
+            position,
+            base_offset: header.base_offset,
+            last_offset,
+            max_timestamp: header.max_timestamp,
+            bytes,
+        }
+    }
+
+    fn remember(&mut self, header: &BatchHeader, max_producers: u64) {
+        let Ok(producer_id) = u64::try_from(header.producer_id) else { return };
+        let epoch = header.producer_epoch.cast_unsigned();
+        if !self.producers.contains_key(&producer_id) && self.producers.len() as u64 >= max_producers {
+            let last_append =
+                |producer: &Producer| producer.batches.back().map_or(0, |batch| batch.base_offset);
+            let silent =
+                self.producers.iter().min_by_key(|(_, producer)| last_append(producer)).map(|(id, _)| *id);
+            if let Some(silent) = silent {
+                self.producers.remove(&silent);
+            }
+        }
+        let producer =
+            self.producers.entry(producer_id).or_insert_with(|| Producer { epoch, batches: VecDeque::new() });
+        if producer.epoch != epoch {
+            producer.epoch = epoch;
+            producer.batches.clear();
+        }
+        if producer.batches.len() == REMEMBERED_BATCHES {
+            producer.batches.pop_front();
+        }
+        producer.batches.push_back(ProducerBatch {
+            first_sequence: header.base_sequence.cast_unsigned(),
+            last_sequence: last_sequence(header),
+            base_offset: header.base_offset,
+        });
+    }
+
+    pub(crate) fn add_segment(&mut self, segment: Segment) {
+        self.segments.push(segment);
+    }
+
+    pub(crate) fn start_epoch(&mut self, epoch: i32, start_offset: u64) {
+        self.epoch = epoch;
+        self.end = start_offset;
+    }
+
+    // ---- Checkpoint rows ----
+
+    pub(crate) fn to_row(&self) -> PartitionRow {
+        PartitionRow {
+            topic_id: self.key.topic.0.to_vec(),
+            partition: self.key.partition,
+            epoch: self.epoch,
+            log_start: self.log_start,
+            end: self.end,
+            ceiling: self.ceiling,
+            segments: self
+                .segments
+                .iter()
+                .map(|segment| SegmentRow {
+                    base_offset: segment.base_offset,
+                    generation: segment.generation,
+                    bytes: segment.bytes,
+                })
+                .collect(),
+            producers: self.producers.iter().map(|(id, producer)| producer.to_row(*id)).collect(),
+        }
+    }
+
+    pub(crate) fn from_row(key: PartitionKey, row: &PartitionRow) -> Result<Self, String> {
+        if row.segments.is_empty() {
+            return Err(format!("partition {key} has no segment"));
+        }
+        let mut partition = Self::new(key);
+        partition.epoch = row.epoch;
+        partition.log_start = row.log_start;
+        partition.end = row.end;
+        partition.ceiling = row.ceiling;
+        partition.segments = row
+            .segments
+            .iter()
+            .map(|row| Segment { base_offset: row.base_offset, generation: row.generation, bytes: row.bytes })
+            .collect();
+        for row in &row.producers {
+            let epoch = u16::try_from(row.epoch)
+                .map_err(|_| format!("producer epoch {} in partition {key}", row.epoch))?;
+            let batches = row.batches.iter().map(|batch| ProducerBatch {
+                first_sequence: batch.first_sequence,
+                last_sequence: batch.last_sequence,
+                base_offset: batch.base_offset,
+            });
+            partition.producers.insert(row.producer_id, Producer { epoch, batches: batches.collect() });
+        }
+        Ok(partition)
+    }
+}
+
+impl Producer {
+    fn to_row(&self, producer_id: u64) -> ProducerRow {
+        ProducerRow {
+            producer_id,
+            epoch: u32::from(self.epoch),
+            batches: self
+                .batches
+                .iter()
+                .map(|batch| ProducerBatchRow {
+                    first_sequence: batch.first_sequence,
+                    last_sequence: batch.last_sequence,
+                    base_offset: batch.base_offset,
+                })
+                .collect(),
+        }
+    }
+}
+
+fn expect_sequence(producer_id: u64, got: u32, expected: u32) -> Result<Sequence, EngineError> {
+    if got == expected {
+        return Ok(Sequence::Next);
+    }
+    Err(EngineError::OutOfOrderSequence { producer_id, got, expected })
+}
+
+fn next_sequence(sequence: u32) -> u32 {
+    if sequence >= MAX_SEQUENCE { 0 } else { sequence + 1 }
+}
+
+/// Sequence of the batch's last record, wrapped as Kafka does.
+fn last_sequence(header: &BatchHeader) -> u32 {
+    let last = u64::from(header.base_sequence.cast_unsigned()) + u64::from(header.last_offset_delta);
+    (last % (u64::from(MAX_SEQUENCE) + 1)) as u32
+}

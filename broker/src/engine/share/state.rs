@@ -1,0 +1,557 @@
+//! What is known of the records of one partition in one share group: the part that events carry and checkpoints keep.
+//!
+//! Every offset below the log's end is in exactly one place:
+//!
+//! ```text
+//!            settled            exceptions (scheduled, available again, exhausted, held, leased again)
+//!   ───────────┬───────────────────────●──────────●──────────────────────────────
+//!              low                                         undecided: not listed, not settled
+//! ```
+//!
+//! - below `low`: settled, unless listed in `exceptions`;
+//! - at or above `low`: settled when in the `settled` bitmap, listed in `exceptions`, leased for the first time (in `leases`
+//!   only), or never handed out.
+//!
+//! Invariants: `low` is neither settled nor an exception; an exception in state `Leased` has a lease, any other has none; no
+//! settled offset is leased or listed. One stuck record is one exception and never stops `low`.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+
+use roaring::RoaringTreemap;
+
+use crate::engine::event::{self, Granted, RecordChange, Settled, ShareCounts, ShareRow};
+use crate::engine::types::{LeaseId, TopicId};
+
+/// Why a record's last lease ended. The numbers are persisted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cause {
+    None = 0,
+    Nacked = 1,
+    Rejected = 2,
+    LeaseExpired = 3,
+    MemberLost = 4,
+    Released = 5,
+}
+
+impl Cause {
+    pub(crate) fn from_code(code: u32) -> Self {
+        match code {
+            1 => Self::Nacked,
+            2 => Self::Rejected,
+            3 => Self::LeaseExpired,
+            4 => Self::MemberLost,
+            5 => Self::Released,
+            _ => Self::None,
+        }
+    }
+}
+
+/// Kinds of [`RecordChange`]. The numbers are persisted; some are also the state of an [`Exception`].
+pub(crate) mod change {
+    pub(crate) const AVAILABLE: u32 = 1;
+    pub(crate) const SCHEDULED: u32 = 2;
+    pub(crate) const EXTENDED: u32 = 3;
+    pub(crate) const EXHAUSTED: u32 = 4;
+    pub(crate) const DEAD_LETTERED: u32 = 5;
+    pub(crate) const HELD: u32 = 6;
+    pub(crate) const DISCARDED: u32 = 7;
+    /// State of a checkpoint row only.
+    pub(crate) const LEASED: u32 = 8;
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ExceptionState {
+    Available,
+    Scheduled {
+        due_ms: u64,
+    },
+    Leased,
+    /// Will be dead-lettered: its dead letter is being made.
+    Exhausted,
+    Held,
+}
+
+/// A record that was handed out and came back.
+#[derive(Clone, Debug)]
+pub(crate) struct Exception {
+    pub(crate) state: ExceptionState,
+    pub(crate) deliveries: u32,
+    pub(crate) failures: u32,
+    pub(crate) slot: Option<u16>,
+    pub(crate) size: u32,
+    pub(crate) last_lease: LeaseId,
+    pub(crate) member: Arc<str>,
+    pub(crate) first_delivery_wall_ms: i64,
+    pub(crate) last_delivery_wall_ms: i64,
+    pub(crate) cause: Cause,
+    pub(crate) class: String,
+    pub(crate) reason: String,
+    pub(crate) detail: String,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Lease {
+    pub(crate) id: LeaseId,
+    pub(crate) member: Arc<str>,
+    pub(crate) granted_ms: u64,
+    pub(crate) deadline_ms: u64,
+    pub(crate) wall_ms: i64,
+    pub(crate) slot: Option<u16>,
+    pub(crate) size: u32,
+}
+
+/// How a lease was settled by its holder, remembered to answer repetitions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SettledAs {
+    Ack,
+    Nack,
+    Reject,
+    Release,
+}
+
+/// The last settlements, bounded in number and age. Not checkpointed: after a restart what replay has not seen again counts
+/// as long settled.
+#[derive(Debug, Default)]
+struct Recent {
+    by_offset: HashMap<u64, (LeaseId, SettledAs)>,
+    order: VecDeque<(u64, u64)>,
+}
+
+const RECENT_AGE_MS: u64 = 10 * 60 * 1000;
+const RECENT_COUNT: usize = 65_536;
+
+impl Recent {
+    fn insert(&mut self, offset: u64, lease: LeaseId, outcome: SettledAs, now_ms: u64) {
+        if self.by_offset.insert(offset, (lease, outcome)).is_none() {
+            self.order.push_back((offset, now_ms));
+        }
+        while let Some(&(oldest, at)) = self.order.front() {
+            if self.order.len() <= RECENT_COUNT && at + RECENT_AGE_MS > now_ms {
+                break;
+            }
+            self.order.pop_front();
+            self.by_offset.remove(&oldest);
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct ShareState {
+    /// First undecided offset.
+    low: u64,
+    settled: RoaringTreemap,
+    exceptions: BTreeMap<u64, Exception>,
+    leases: BTreeMap<u64, Lease>,
+    counts: ShareCounts,
+    /// Leases named below it are void (the group was moved).
+    fence: LeaseId,
+    recent: Recent,
+    scheduled: u64,
+    held: u64,
+}
+
+impl ShareState {
+    pub(crate) fn new(start: u64, fence: LeaseId) -> Self {
+        Self {
+            low: start,
+            settled: RoaringTreemap::new(),
+            exceptions: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            counts: ShareCounts::default(),
+            fence,
+            recent: Recent::default(),
+            scheduled: 0,
+            held: 0,
+        }
+    }
+
+    pub(crate) fn low(&self) -> u64 {
+        self.low
+    }
+
+    pub(crate) fn counts(&self) -> &ShareCounts {
+        &self.counts
+    }
+
+    pub(crate) fn fence(&self) -> LeaseId {
+        self.fence
+    }
+
+    pub(crate) fn scheduled(&self) -> u64 {
+        self.scheduled
+    }
+
+    pub(crate) fn held(&self) -> u64 {
+        self.held
+    }
+
+    pub(crate) fn leases(&self) -> &BTreeMap<u64, Lease> {
+        &self.leases
+    }
+
+    pub(crate) fn exceptions(&self) -> &BTreeMap<u64, Exception> {
+        &self.exceptions
+    }
+
+    pub(crate) fn lease(&self, offset: u64) -> Option<&Lease> {
+        self.leases.get(&offset)
+    }
+
+    pub(crate) fn exception(&self, offset: u64) -> Option<&Exception> {
+        self.exceptions.get(&offset)
+    }
+
+    pub(crate) fn recent(&self, offset: u64) -> Option<(LeaseId, SettledAs)> {
+        self.recent.by_offset.get(&offset).copied()
+    }
+
+    pub(crate) fn is_settled(&self, offset: u64) -> bool {
+        if offset < self.low { !self.exceptions.contains_key(&offset) } else { self.settled.contains(offset) }
+    }
+
+    /// First offset at or after `from` (and `low`) that is not settled.
+    pub(crate) fn next_unsettled(&self, from: u64) -> u64 {
+        let mut offset = from.max(self.low);
+        while self.settled.contains(offset) {
+            offset += 1;
+        }
+        offset
+    }
+
+    /// Records in `low..end` that are not settled, and the exceptions below `low`.
+    pub(crate) fn unsettled(&self, end: u64) -> u64 {
+        let below = self.exceptions.range(..self.low).count() as u64;
+        end.saturating_sub(self.low).saturating_sub(self.settled.len()) + below
+    }
+
+    /// The oldest record that is not settled, below `end`.
+    pub(crate) fn oldest_unsettled(&self, end: u64) -> Option<u64> {
+        let exception = self.exceptions.keys().next().copied();
+        let undecided = (self.low < end).then_some(self.low);
+        [exception, undecided].into_iter().flatten().min()
+    }
+
+    /// Deliveries and failures so far of an offset.
+    pub(crate) fn attempts(&self, offset: u64) -> (u32, u32) {
+        match self.exceptions.get(&offset) {
+            Some(exception) => (exception.deliveries, exception.failures),
+            None => (u32::from(self.leases.contains_key(&offset)), 0),
+        }
+    }
+
+    // ---- The fold ----
+
+    pub(crate) fn grant(&mut self, offset: u64, lease: Lease) {
+        self.counts.deliveries += 1;
+        if let Some(exception) = self.exceptions.get_mut(&offset) {
+            if matches!(exception.state, ExceptionState::Scheduled { .. }) {
+                self.scheduled -= 1;
+            }
+            exception.state = ExceptionState::Leased;
+            exception.deliveries += 1;
+            exception.last_lease = lease.id;
+            exception.member = lease.member.clone();
+            exception.last_delivery_wall_ms = lease.wall_ms;
+        }
+        self.leases.insert(offset, lease);
+    }
+
+    pub(crate) fn apply_granted(&mut self, event: &Granted) {
+        let member: Arc<str> = event.member.as_str().into();
+        let mut offset = 0;
+        for (i, delta) in event.offset_deltas.iter().enumerate() {
+            offset += delta;
+            let lease = Lease {
+                id: LeaseId { boot_epoch: event.boot_epoch, sequence: event.first_sequence + i as u64 },
+                member: member.clone(),
+                granted_ms: event.granted_ms,
+                deadline_ms: event.deadline_ms,
+                wall_ms: event.wall_ms,
+                slot: event.slots.get(i).copied().and_then(slot_from_stored),
+                size: event.sizes.get(i).copied().unwrap_or(0),
+            };
+            self.grant(offset, lease);
+        }
+    }
+
+    pub(crate) fn apply_settled(&mut self, event: &Settled) {
+        let mut offset = 0;
+        for delta in &event.acked_deltas {
+            offset += delta;
+            self.ack(offset, event.now_ms);
+        }
+        for change in &event.changes {
+            self.change(change, event.now_ms);
+        }
+        for range in event.skipped.chunks_exact(2) {
+            self.skip(range[0], range[0] + range[1]);
+        }
+    }
+
+    pub(crate) fn ack(&mut self, offset: u64, now_ms: u64) {
+        let lease = self.leases.remove(&offset).map(|lease| lease.id);
+        let exception = if self.exceptions.is_empty() { None } else { self.remove_exception(offset) };
+        if let Some(lease) = lease.or(exception.map(|exception| exception.last_lease)) {
+            self.recent.insert(offset, lease, SettledAs::Ack, now_ms);
+        }
+        self.counts.acked += 1;
+        self.settle(offset);
+    }
+
+    pub(crate) fn change(&mut self, change: &RecordChange, now_ms: u64) {
+        let offset = change.offset;
+        if change.kind == change::EXTENDED {
+            if let Some(lease) = self.leases.get_mut(&offset) {
+                lease.deadline_ms = change.until_ms;
+            }
+            return;
+        }
+        let lease = self.leases.remove(&offset);
+        let mut exception = match (self.remove_exception(offset), &lease) {
+            (Some(exception), _) => exception,
+            (None, Some(lease)) => Exception {
+                state: ExceptionState::Leased,
+                deliveries: 1,
+                failures: 0,
+                slot: lease.slot,
+                size: lease.size,
+                last_lease: lease.id,
+                member: lease.member.clone(),
+                first_delivery_wall_ms: lease.wall_ms,
+                last_delivery_wall_ms: lease.wall_ms,
+                cause: Cause::None,
+                class: String::new(),
+                reason: String::new(),
+                detail: String::new(),
+            },
+            // Nothing known of the record: the event is not of this state (never staged so).
+            (None, None) => return,
+        };
+        if change.failed {
+            exception.failures += 1;
+            self.counts.failures += 1;
+        }
+        if change.cause != Cause::None as u32 {
+            exception.cause = Cause::from_code(change.cause);
+            exception.class.clone_from(&change.class);
+            exception.reason.clone_from(&change.reason);
+            exception.detail.clone_from(&change.detail);
+            let settled_as = match exception.cause {
+                Cause::Nacked => Some(SettledAs::Nack),
+                Cause::Rejected => Some(SettledAs::Reject),
+                Cause::Released => Some(SettledAs::Release),
+                Cause::None | Cause::LeaseExpired | Cause::MemberLost => None,
+            };
+            if let Some(outcome) = settled_as {
+                self.recent.insert(offset, exception.last_lease, outcome, now_ms);
+            }
+        }
+        match change.kind {
+            change::DEAD_LETTERED => {
+                self.counts.dead_lettered += 1;
+                self.settle(offset);
+                return;
+            }
+            change::DISCARDED => {
+                self.counts.discarded += 1;
+                self.settle(offset);
+                return;
+            }
+            change::SCHEDULED => {
+                self.scheduled += 1;
+                exception.state = ExceptionState::Scheduled { due_ms: change.until_ms };
+            }
+            change::EXHAUSTED => exception.state = ExceptionState::Exhausted,
+            change::HELD => {
+                self.held += 1;
+                exception.state = ExceptionState::Held;
+            }
+            _ => exception.state = ExceptionState::Available,
+        }
+        self.exceptions.insert(offset, exception);
+        self.advance_low();
+    }
+
+    /// A scheduled record is due. Derived from its due time, so it is no event.
+    pub(crate) fn due(&mut self, offset: u64) {
+        if let Some(exception) = self.exceptions.get_mut(&offset)
+            && matches!(exception.state, ExceptionState::Scheduled { .. })
+        {
+            exception.state = ExceptionState::Available;
+            self.scheduled -= 1;
+        }
+    }
+
+    fn remove_exception(&mut self, offset: u64) -> Option<Exception> {
+        let exception = self.exceptions.remove(&offset)?;
+        match exception.state {
+            ExceptionState::Scheduled { .. } => self.scheduled -= 1,
+            ExceptionState::Held => self.held -= 1,
+            ExceptionState::Available | ExceptionState::Leased | ExceptionState::Exhausted => {}
+        }
+        Some(exception)
+    }
+
+    /// Settles offsets that hold no record; none of them is leased or listed.
+    fn skip(&mut self, first: u64, end: u64) {
+        if first <= self.low {
+            self.counts.skipped += end.saturating_sub(self.low);
+            self.settled.remove_range(self.low..end);
+            self.low = self.low.max(end);
+        } else {
+            self.counts.skipped += self.settled.insert_range(first..end);
+        }
+        self.advance_low();
+    }
+
+    fn settle(&mut self, offset: u64) {
+        if offset == self.low {
+            self.low += 1;
+            self.advance_low();
+        } else if offset > self.low {
+            self.settled.insert(offset);
+        }
+    }
+
+    fn advance_low(&mut self) {
+        while (!self.settled.is_empty() && self.settled.remove(self.low))
+            || self.exceptions.contains_key(&self.low)
+        {
+            self.low += 1;
+        }
+    }
+
+    // ---- Checkpoint rows ----
+
+    pub(crate) fn to_row(&self, group: &str, topic: TopicId, partition: u32) -> ShareRow {
+        let mut settled = Vec::with_capacity(self.settled.serialized_size());
+        // Writing to memory cannot fail.
+        let written = self.settled.serialize_into(&mut settled);
+        debug_assert!(written.is_ok());
+        ShareRow {
+            group: group.to_owned(),
+            topic_id: topic.0.to_vec(),
+            partition,
+            low: self.low,
+            settled,
+            exceptions: self.exceptions.iter().map(|(offset, exception)| exception.to_row(*offset)).collect(),
+            leases: self.leases.iter().map(|(offset, lease)| lease.to_row(*offset)).collect(),
+            counts: Some(self.counts),
+            fence_boot_epoch: self.fence.boot_epoch,
+            fence_sequence: self.fence.sequence,
+        }
+    }
+
+    pub(crate) fn from_row(row: &ShareRow) -> Result<Self, String> {
+        let fence = LeaseId { boot_epoch: row.fence_boot_epoch, sequence: row.fence_sequence };
+        let mut state = Self::new(row.low, fence);
+        state.settled = RoaringTreemap::deserialize_from(row.settled.as_slice())
+            .map_err(|error| format!("settled offsets of group {:?}: {error}", row.group))?;
+        state.counts = row.counts.unwrap_or_default();
+        for exception in &row.exceptions {
+            let value = Exception::from_row(exception);
+            match value.state {
+                ExceptionState::Scheduled { .. } => state.scheduled += 1,
+                ExceptionState::Held => state.held += 1,
+                ExceptionState::Available | ExceptionState::Leased | ExceptionState::Exhausted => {}
+            }
+            state.exceptions.insert(exception.offset, value);
+        }
+        for lease in &row.leases {
+            state.leases.insert(lease.offset, Lease::from_row(lease));
+        }
+        Ok(state)
+    }
+}
+
+/// A slot as it is stored: plus one, 0 = no key.
+pub(crate) fn stored_slot(slot: Option<u16>) -> u32 {
+    slot.map_or(0, |slot| u32::from(slot) + 1)
+}
+
+pub(crate) fn slot_from_stored(stored: u32) -> Option<u16> {
+    stored.checked_sub(1).and_then(|slot| u16::try_from(slot).ok())
+}
+
+impl Exception {
+    fn to_row(&self, offset: u64) -> event::ExceptionRow {
+        let (state, due_ms) = match self.state {
+            ExceptionState::Available => (change::AVAILABLE, 0),
+            ExceptionState::Scheduled { due_ms } => (change::SCHEDULED, due_ms),
+            ExceptionState::Exhausted => (change::EXHAUSTED, 0),
+            ExceptionState::Held => (change::HELD, 0),
+            ExceptionState::Leased => (change::LEASED, 0),
+        };
+        event::ExceptionRow {
+            offset,
+            state,
+            due_ms,
+            deliveries: self.deliveries,
+            failures: self.failures,
+            slot: stored_slot(self.slot),
+            size: self.size,
+            lease_boot_epoch: self.last_lease.boot_epoch,
+            lease_sequence: self.last_lease.sequence,
+            member: self.member.to_string(),
+            first_delivery_wall_ms: self.first_delivery_wall_ms,
+            last_delivery_wall_ms: self.last_delivery_wall_ms,
+            cause: self.cause as u32,
+            class: self.class.clone(),
+            reason: self.reason.clone(),
+            detail: self.detail.clone(),
+        }
+    }
+
+    fn from_row(row: &event::ExceptionRow) -> Self {
+        Self {
+            state: match row.state {
+                change::SCHEDULED => ExceptionState::Scheduled { due_ms: row.due_ms },
+                change::EXHAUSTED => ExceptionState::Exhausted,
+                change::HELD => ExceptionState::Held,
+                change::LEASED => ExceptionState::Leased,
+                _ => ExceptionState::Available,
+            },
+            deliveries: row.deliveries,
+            failures: row.failures,
+            slot: slot_from_stored(row.slot),
+            size: row.size,
+            last_lease: LeaseId { boot_epoch: row.lease_boot_epoch, sequence: row.lease_sequence },
+            member: row.member.as_str().into(),
+            first_delivery_wall_ms: row.first_delivery_wall_ms,
+            last_delivery_wall_ms: row.last_delivery_wall_ms,
+            cause: Cause::from_code(row.cause),
+            class: row.class.clone(),
+            reason: row.reason.clone(),
+            detail: row.detail.clone(),
+        }
+    }
+}
+
+impl Lease {
+    fn to_row(&self, offset: u64) -> event::LeaseRow {
+        event::LeaseRow {
+            offset,
+            boot_epoch: self.id.boot_epoch,
+            sequence: self.id.sequence,
+            member: self.member.to_string(),
+            granted_ms: self.granted_ms,
+            deadline_ms: self.deadline_ms,
+            wall_ms: self.wall_ms,
+            slot: stored_slot(self.slot),
+            size: self.size,
+        }
+    }
+
+    fn from_row(row: &event::LeaseRow) -> Self {
+        Self {
+            id: LeaseId { boot_epoch: row.boot_epoch, sequence: row.sequence },
+            member: row.member.as_str().into(),
+            granted_ms: row.granted_ms,
+            deadline_ms: row.deadline_ms,
+            wall_ms: row.wall_ms,
+            slot: slot_from_stored(row.slot),
+            size: row.size,
+        }
+    }
+}
