@@ -180,3 +180,130 @@ pub fn encode(
     encode_header(buffer, kind, api, correlation, message_len, payload_len);
     message.encode_raw(buffer);
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::api::Api;
+    use crate::message;
+
+    fn frame(api: u8, correlation: u64, name: &str, payload: &[u8]) -> BytesMut {
+        let mut buffer = BytesMut::new();
+        let message = message::DeleteTopic { name: name.to_owned() };
+        encode(&mut buffer, Kind::Request, api, correlation, &message, payload.len());
+        buffer.extend_from_slice(payload);
+        buffer
+    }
+
+    #[test]
+    fn the_bytes_are_where_the_format_says() {
+        let frame = frame(Api::DeleteTopic.into(), 0x0102_0304_0506_0708, "t", b"payload");
+        let expected = [
+            &[0, 0, 0, 16 + 3 + 7, 0, 12, 0, 0][..],
+            &[1, 2, 3, 4, 5, 6, 7, 8],
+            &[0, 0, 0, 3],
+            &[0x0a, 1, b't'],
+            b"payload",
+        ];
+        assert_eq!(frame[..], expected.concat());
+    }
+
+    #[test]
+    fn an_unknown_request_survives_for_its_receiver_to_refuse() {
+        let mut bytes = frame(250, 7, "x", b"");
+        let frame = decode(&mut bytes, 1024).unwrap().unwrap();
+        assert_eq!((frame.kind, frame.api, frame.correlation), (Kind::Request, 250, 7));
+        assert!(frame.payload.is_empty());
+        assert_eq!(frame.decode_message::<message::DeleteTopic>().unwrap().name, "x");
+    }
+
+    #[test]
+    fn message_and_payload_are_not_copied() {
+        let mut bytes = frame(21, 1, "name", b"payload");
+        let range = bytes.as_ptr_range();
+        let frame = decode(&mut bytes, 1024).unwrap().unwrap();
+        assert!(range.contains(&frame.message.as_ptr()));
+        assert!(range.contains(&frame.payload.as_ptr()));
+    }
+
+    #[test]
+    fn a_frame_over_the_limit_is_refused_from_its_length_alone_before_room_is_made() {
+        let mut bytes = BytesMut::from(&u32::MAX.to_be_bytes()[..]);
+        let capacity = bytes.capacity();
+        let error = decode(&mut bytes, 1 << 20).unwrap_err();
+        assert_eq!(error, FrameError::TooLarge { length: u32::MAX, limit: 1 << 20 });
+        assert_eq!(bytes.capacity(), capacity);
+    }
+
+    #[test]
+    fn the_limit_itself_is_allowed() {
+        let whole = frame(2, 1, "abc", b"xyz");
+        let limit = whole.len() as u32 - 4;
+        assert!(decode(&mut whole.clone(), limit).unwrap().is_some());
+        let error = decode(&mut whole.clone(), limit - 1).unwrap_err();
+        assert_eq!(error, FrameError::TooLarge { length: limit, limit: limit - 1 });
+    }
+
+    #[test]
+    fn the_room_made_follows_the_bytes_that_came_not_the_length_claimed() {
+        let claimed: u32 = 512 << 20;
+        let mut bytes = BytesMut::from(&claimed.to_be_bytes()[..]);
+        assert!(decode(&mut bytes, u32::MAX).unwrap().is_none());
+        assert!(bytes.capacity() <= 4 + 2 * RESERVE_STEP);
+    }
+
+    #[test]
+    fn malformed_headers_are_refused_by_what_is_wrong() {
+        let whole = frame(2, 1, "abc", b"");
+        let patched = |at: usize, patch: &[u8]| {
+            let mut bytes = whole.clone();
+            bytes[at..at + patch.len()].copy_from_slice(patch);
+            decode(&mut bytes, 1024).unwrap_err()
+        };
+        assert_eq!(patched(0, &[0, 0, 0, 15]), FrameError::TooShort(15));
+        assert_eq!(patched(4, &[4]), FrameError::UnknownKind(4));
+        assert_eq!(patched(7, &[1]), FrameError::Reserved);
+        assert_eq!(patched(16, &[0, 0, 0, 6]), FrameError::MessageLength { message: 6, length: 21 });
+    }
+
+    proptest! {
+        #[test]
+        fn frames_come_out_the_same_in_whatever_pieces_they_arrive(
+            frames in vec((any::<u8>(), any::<u64>(), "[a-z]{0,40}", vec(any::<u8>(), 0..200)), 1..6),
+            cuts in vec(1..90_usize, 1..20),
+        ) {
+            let mut stream = BytesMut::new();
+            for (api, correlation, name, payload) in &frames {
+                stream.extend_from_slice(&frame(*api, *correlation, name, payload));
+            }
+            let mut buffer = BytesMut::new();
+            let mut decoded = Vec::new();
+            for cut in cuts.iter().cycle() {
+                if stream.is_empty() {
+                    break;
+                }
+                buffer.extend_from_slice(&stream.split_to((*cut).min(stream.len())));
+                while let Some(frame) = decode(&mut buffer, 4096).unwrap() {
+                    let message: message::DeleteTopic = frame.decode_message().unwrap();
+                    decoded.push((frame.api, frame.correlation, message.name, frame.payload.to_vec()));
+                }
+            }
+            prop_assert!(buffer.is_empty());
+            prop_assert_eq!(decoded, frames);
+        }
+
+        #[test]
+        fn foreign_bytes_never_cause_a_panic(bytes in vec(any::<u8>(), 0..100), small in any::<bool>()) {
+            let mut buffer = BytesMut::from(&bytes[..]);
+            if small && buffer.len() > 4 {
+                // A length that the bytes can satisfy, so that decoding gets beyond it.
+                let length = buffer.len() as u32 - 4;
+                buffer[..4].copy_from_slice(&length.to_be_bytes());
+            }
+            while let Ok(Some(_)) = decode(&mut buffer, 4096) {}
+        }
+    }
+}

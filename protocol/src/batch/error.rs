@@ -5,7 +5,7 @@
 pub enum BatchError {
     #[error("the batch ends after {have} bytes, {needed} are needed")]
     Truncated { needed: usize, have: usize },
-    #[error("{0} bytes follow the batch")]
+    #[error("{0} bytes are left over after the last record")]
     TrailingBytes(usize),
     #[error("record format {0} is not supported, only 2 is")]
     Magic(u8),

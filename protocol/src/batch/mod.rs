@@ -35,11 +35,28 @@
 //!   varint   value_length   −1: no value;      value
 //! ```
 //!
-//! LZ4 data is one LZ4 frame. The other codecs are refused by name.
+//! LZ4 data is one LZ4 frame of independent blocks. The other codecs are refused by name.
 //!
 //! **Invariants.** Offset deltas ascend strictly within `0..=last_offset_delta`; they are dense in a batch that a
 //! producer sends ([`validate`]) and may have gaps in one that [`filter()`] made. Nothing here panics on foreign bytes,
 //! and decompression stops at a limit.
+//!
+//! ```
+//! use felucca_protocol::batch::{self, BatchBuilder, BatchError, BatchLimits};
+//!
+//! let mut builder = BatchBuilder::new();
+//! builder.push(1_700_000_000_000, Some(b"customer-7"), Some(b"order 1"), &[("ce-type", Some(b"OrderCreated"))])?;
+//! let mut bytes = builder.finish();
+//!
+//! let limits = BatchLimits { max_batch_bytes: 1 << 20, max_record_bytes: 1 << 20, max_headers: 64 };
+//! batch::validate(&bytes, &limits)?;
+//! batch::assign(&mut bytes, 42, 0);
+//!
+//! for record in batch::records(&bytes.freeze())? {
+//!     assert_eq!(record?.offset, 42);
+//! }
+//! # Ok::<(), BatchError>(())
+//! ```
 
 mod builder;
 mod compression;

@@ -1,4 +1,6 @@
 //! The records of a batch, one after the other: the borrowed walk that everything is built on, and owned records.
+//!
+//! The walk is forced inline for the reason given in `varint`.
 
 use bytes::Bytes;
 
@@ -21,7 +23,7 @@ pub(super) struct RawRecord<'a> {
 }
 
 impl<'a> RawRecord<'a> {
-    #[inline]
+    #[inline(always)]
     fn take(input: &mut &'a [u8]) -> Result<Self, RecordFault> {
         let start = *input;
         let length = usize::try_from(take_i32(input)?).map_err(|_| RecordFault::Length)?;
@@ -70,7 +72,7 @@ impl<'a> RawRecord<'a> {
     }
 }
 
-#[inline]
+#[inline(always)]
 fn take_bytes<'a>(input: &mut &'a [u8]) -> Result<Option<&'a [u8]>, RecordFault> {
     let length = take_i32(input)?;
     if length == -1 {
@@ -113,7 +115,7 @@ impl WalkState {
     }
 
     /// Takes the next record off the front of `rest`.
-    #[inline]
+    #[inline(always)]
     pub(super) fn next<'a>(&mut self, rest: &mut &'a [u8]) -> Option<Result<RawRecord<'a>, BatchError>> {
         if self.ended {
             return None;
@@ -158,7 +160,7 @@ impl<'a> Walk<'a> {
 impl<'a> Iterator for Walk<'a> {
     type Item = Result<RawRecord<'a>, BatchError>;
 
-    #[inline]
+    #[inline(always)]
     fn next(&mut self) -> Option<Self::Item> {
         self.state.next(&mut self.rest)
     }

@@ -1,11 +1,13 @@
 //! Zigzag base-128 numbers, as Kafka's `ByteUtils` and protobuf's `sint32`/`sint64` write them.
+//!
+//! Reading is forced inline: it is most of a walk over small records, which was twice as slow without.
 
 use bytes::{BufMut, BytesMut};
 
 use super::error::RecordFault;
 
 /// Takes a 32-bit number off the front.
-#[inline]
+#[inline(always)]
 pub(super) fn take_i32(input: &mut &[u8]) -> Result<i32, RecordFault> {
     let raw = take(input, 5)?;
     let raw = u32::try_from(raw).map_err(|_| RecordFault::Varint)?;
@@ -13,13 +15,13 @@ pub(super) fn take_i32(input: &mut &[u8]) -> Result<i32, RecordFault> {
 }
 
 /// Takes a 64-bit number off the front.
-#[inline]
+#[inline(always)]
 pub(super) fn take_i64(input: &mut &[u8]) -> Result<i64, RecordFault> {
     let raw = take(input, 10)?;
     Ok((raw >> 1) as i64 ^ -((raw & 1) as i64))
 }
 
-#[inline]
+#[inline(always)]
 fn take(input: &mut &[u8], max_bytes: usize) -> Result<u64, RecordFault> {
     // Nearly every number in a batch fits into one or two bytes.
     match **input {
