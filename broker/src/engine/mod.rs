@@ -26,6 +26,8 @@ mod members;
 mod partition;
 pub mod share;
 mod stage;
+#[cfg(test)]
+mod tests;
 mod topics;
 pub mod types;
 

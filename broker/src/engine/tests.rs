@@ -1,0 +1,577 @@
+//! The engine's behaviour, command by command, on a stand-in for the shard that writes and syncs when told.
+
+use bytes::Bytes;
+use felucca_protocol::batch::{self, BatchBuilder, BatchHeader};
+
+use super::command::{
+    AppendEntry, Command, FailureDetail, LeaseRef, OffsetCommit, Outcome, ScannedRecord, SeekTo, Settlement,
+    StagedBatch,
+};
+use super::config::EngineSettings;
+use super::effect::{Delivery, Effects, RecordState, Reply, SettleResult, SettleStatus};
+use super::error::EngineError;
+use super::types::{LeaseId, Level, Lsn, Now, PartitionKey, RequestId, SubscriptionId, TopicId};
+use super::{Engine, share};
+
+const TOPIC: TopicId = TopicId([1; 16]);
+const P0: PartitionKey = PartitionKey { topic: TOPIC, partition: 0 };
+
+/// Runs one command a turn; everything is written and synced at once unless `hold_sync` is set.
+struct Bench {
+    engine: Engine,
+    now: Now,
+    lsn: Lsn,
+    frames: Vec<(Vec<u8>, Vec<Bytes>)>,
+    log: Vec<(PartitionKey, ScannedRecord)>,
+    deliveries: Vec<Delivery>,
+    ended: Vec<SubscriptionId>,
+    hold_sync: bool,
+    /// Dead letters are made, but not yet handed in.
+    hold_letters: bool,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let mut bench = Self {
+            engine: Engine::new(EngineSettings::default()),
+            now: Now { monotonic_ms: 1_000, wall_ms: 1_700_000_000_000, entropy: 7 },
+            lsn: 1,
+            frames: Vec::new(),
+            log: Vec::new(),
+            deliveries: Vec::new(),
+            ended: Vec::new(),
+            hold_sync: false,
+            hold_letters: false,
+        };
+        bench.boot();
+        bench
+    }
+
+    fn boot(&mut self) {
+        let mut out = Effects::default();
+        self.engine.boot(self.now, self.lsn, "machine", &mut out);
+        self.end_turn(out);
+    }
+
+    /// A killed process: everything written is there, everything else is gone.
+    fn reopen(&mut self) {
+        self.engine = Engine::new(EngineSettings::default());
+        for (events, batches) in self.frames.clone() {
+            self.engine.replay(&events, batches, &mut Effects::default()).unwrap();
+        }
+        self.deliveries.clear();
+        self.boot();
+    }
+
+    fn ask(&mut self, command: Command) -> Reply {
+        let mut out = Effects::default();
+        self.engine.step(self.now, self.lsn, Some(RequestId(1)), command, &mut out);
+        self.end_turn(out).expect("every request is answered")
+    }
+
+    fn tell(&mut self, command: Command) {
+        let mut out = Effects::default();
+        self.engine.step(self.now, self.lsn, None, command, &mut out);
+        self.end_turn(out);
+    }
+
+    fn advance(&mut self, ms: u64) {
+        self.now.monotonic_ms += ms;
+        self.now.wall_ms += ms.cast_signed();
+        self.now.entropy = self.now.entropy.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let mut out = Effects::default();
+        self.engine.tick(self.now, self.lsn, &mut out);
+        self.end_turn(out);
+    }
+
+    fn end_turn(&mut self, mut out: Effects) -> Option<Reply> {
+        self.engine.finish(self.now, self.lsn, &mut out);
+        let reply = out.replies.pop().map(|pending| pending.reply);
+        self.write(&mut out);
+        for write in &out.segment_writes {
+            for record in &batch::scan(&write.bytes).unwrap() {
+                let record = record.unwrap();
+                let found = ScannedRecord {
+                    offset: record.offset,
+                    slot: record.key.map(share::key_slot),
+                    size: record.size,
+                };
+                self.log.push((write.segment.partition, found));
+            }
+        }
+        self.deliveries.append(&mut out.deliveries);
+        self.ended.extend(out.ended.iter().map(|(id, _)| *id));
+        let mut follow_up = Effects::default();
+        let synced = if self.hold_sync { 0 } else { self.lsn - 1 };
+        self.engine.progress(self.now, self.lsn, self.lsn - 1, synced, &mut follow_up);
+        for scan in out.scans {
+            let in_range = |(key, record): &&(PartitionKey, ScannedRecord)| {
+                *key == scan.partition && (scan.from..scan.until).contains(&record.offset)
+            };
+            let records = self.log.iter().filter(in_range).map(|(_, record)| *record).collect();
+            let scanned = Command::Scanned {
+                group: scan.group,
+                partition: scan.partition,
+                from: scan.from,
+                next: scan.until,
+                records,
+            };
+            self.engine.step(self.now, self.lsn, None, scanned, &mut follow_up);
+        }
+        if !self.hold_letters {
+            for read in out.dead_letter_reads {
+                let letter = Ok(staged(Some(b"k"), 1));
+                let (group, partition, offset) = (read.group, read.partition, read.offset);
+                let built = Command::DeadLetterBuilt { group, partition, offset, letter };
+                self.engine.step(self.now, self.lsn, None, built, &mut follow_up);
+            }
+        }
+        self.engine.finish(self.now, self.lsn, &mut follow_up);
+        let idle = follow_up.events.is_empty() && follow_up.scans.is_empty();
+        if !idle {
+            self.end_turn(follow_up);
+        }
+        reply
+    }
+
+    fn write(&mut self, out: &mut Effects) {
+        if !out.events.is_empty() {
+            let events = Engine::encode_frame(self.now, out);
+            self.frames.push((events, std::mem::take(&mut out.batches)));
+            self.lsn += 1;
+        }
+    }
+
+    // ---- Shorthand ----
+
+    fn topic(&mut self, config: &[(&str, &str)]) {
+        let config = pairs(config);
+        let reply =
+            self.ask(Command::CreateTopic { id: TOPIC, name: "orders".to_owned(), partitions: 2, config });
+        assert!(matches!(reply, Reply::Topic(_)), "{reply:?}");
+    }
+
+    fn group(&mut self, config: &[(&str, &str)]) {
+        let reply = self.ask(Command::CreateShareGroup {
+            group: "pay".to_owned(),
+            topics: vec!["orders".to_owned()],
+            config: pairs(config),
+            from_end: false,
+        });
+        assert_eq!(reply, Reply::Done);
+    }
+
+    fn append(&mut self, key: Option<&[u8]>, count: usize) -> Result<super::effect::Appended, EngineError> {
+        let entry = AppendEntry { partition: P0, batch: staged(key, count) };
+        self.append_entry(entry, Level::Synced)
+    }
+
+    fn append_entry(
+        &mut self,
+        entry: AppendEntry,
+        level: Level,
+    ) -> Result<super::effect::Appended, EngineError> {
+        match self.ask(Command::Append { level, entries: vec![entry] }) {
+            Reply::Appended(mut results) => results.pop().unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn subscribe(&mut self, id: u64, member: &str, credit: u32) {
+        self.subscribe_holding(id, member, credit, Vec::new());
+    }
+
+    fn subscribe_holding(&mut self, id: u64, member: &str, credit: u32, held: Vec<LeaseRef>) {
+        let reply = self.ask(Command::ShareSubscribe {
+            subscription: SubscriptionId(id),
+            group: "pay".to_owned(),
+            member: member.to_owned(),
+            credit_records: credit,
+            credit_bytes: 1 << 20,
+            held,
+        });
+        assert_eq!(reply, Reply::Done);
+    }
+
+    /// Takes what was delivered since the last call, as (lease, deliveries, failures).
+    fn delivered(&mut self) -> Vec<(LeaseRef, u32, u32)> {
+        let mut all = Vec::new();
+        for delivery in self.deliveries.drain(..) {
+            for (i, record) in delivery.records.iter().enumerate() {
+                let lease = LeaseId {
+                    boot_epoch: delivery.first_lease.boot_epoch,
+                    sequence: delivery.first_lease.sequence + i as u64,
+                };
+                let record_ref = LeaseRef { partition: delivery.partition, offset: record.offset, lease };
+                all.push((record_ref, record.deliveries, record.failures));
+            }
+        }
+        all
+    }
+
+    fn offsets(&mut self) -> Vec<u64> {
+        self.delivered().iter().map(|(lease, _, _)| lease.offset).collect()
+    }
+
+    fn take_one(&mut self) -> LeaseRef {
+        let delivered = self.delivered();
+        assert_eq!(delivered.len(), 1, "{delivered:?}");
+        delivered[0].0
+    }
+
+    fn settle(&mut self, member: &str, record: LeaseRef, outcome: Outcome) -> SettleResult {
+        let settlements = vec![Settlement { record, outcome }];
+        let (group, member) = ("pay".to_owned(), member.to_owned());
+        match self.ask(Command::Settle { group, member, level: Level::Synced, settlements }) {
+            Reply::Settled(results) => results[0],
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn status(&mut self, member: &str, record: LeaseRef, outcome: Outcome) -> SettleStatus {
+        self.settle(member, record, outcome).status
+    }
+
+    fn counts(&mut self) -> super::effect::GroupPartitionInfo {
+        match self.ask(Command::DescribeGroup { group: "pay".to_owned() }) {
+            Reply::Group(description) => {
+                description.partitions.into_iter().find(|info| info.partition == Some(P0)).unwrap()
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn pairs(entries: &[(&str, &str)]) -> Vec<(String, String)> {
+    entries.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+}
+
+fn staged(key: Option<&[u8]>, count: usize) -> StagedBatch {
+    finish(BatchBuilder::new(), key, count)
+}
+
+fn finish(mut builder: BatchBuilder, key: Option<&[u8]>, count: usize) -> StagedBatch {
+    for _ in 0..count {
+        builder.push(1_700_000_000_000, key, Some(b"value"), &[]).unwrap();
+    }
+    let bytes = builder.finish();
+    StagedBatch { header: BatchHeader::parse(&bytes).unwrap(), bytes }
+}
+
+fn nack() -> Outcome {
+    Outcome::Nack { delay_ms: Some(100), counted: true, detail: FailureDetail::default() }
+}
+
+fn reject() -> Outcome {
+    Outcome::Reject { detail: FailureDetail { class: "bad".to_owned(), ..FailureDetail::default() } }
+}
+
+const EXTEND: Outcome = Outcome::Extend { remaining_ms: None };
+
+/// A group with one record leased by member `a`.
+fn leased(config: &[(&str, &str)]) -> (Bench, LeaseRef) {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.group(config);
+    bench.append(None, 1).unwrap();
+    bench.subscribe(1, "a", 1);
+    let lease = bench.take_one();
+    (bench, lease)
+}
+
+#[test]
+fn a_retried_batch_is_answered_with_its_first_offset_also_after_a_crash() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    let Reply::Producer { producer_id, epoch } = bench.ask(Command::InitProducer) else { panic!() };
+    let batch = |sequence: i32| {
+        let builder = BatchBuilder::new().producer(producer_id.cast_signed(), epoch.cast_signed(), sequence);
+        AppendEntry { partition: P0, batch: finish(builder, None, 3) }
+    };
+    assert_eq!(bench.append_entry(batch(0), Level::Synced).unwrap().base_offset, 0);
+    assert_eq!(bench.append_entry(batch(3), Level::Synced).unwrap().base_offset, 3);
+    bench.reopen();
+    let again = bench.append_entry(batch(0), Level::Synced).unwrap();
+    assert!(again.duplicate && again.base_offset == 0);
+    let error = bench.append_entry(batch(9), Level::Synced).unwrap_err();
+    assert_eq!(error, EngineError::OutOfOrderSequence { producer_id, got: 9, expected: 6 });
+    assert_eq!(bench.append_entry(batch(6), Level::Synced).unwrap().base_offset, 6);
+}
+
+#[test]
+fn a_producer_id_that_was_never_given_out_is_refused() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    let entry = AppendEntry { partition: P0, batch: finish(BatchBuilder::new().producer(99, 0, 0), None, 1) };
+    assert_eq!(bench.append_entry(entry, Level::Synced), Err(EngineError::UnknownProducer(99)));
+}
+
+#[test]
+fn written_is_refused_unless_the_topic_allows_it() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    let entry = AppendEntry { partition: P0, batch: staged(None, 1) };
+    assert!(matches!(bench.append_entry(entry, Level::Written), Err(EngineError::WrittenNotAllowed(_))));
+}
+
+#[test]
+fn after_a_power_loss_a_partition_that_showed_unsynced_offsets_resumes_above_them() {
+    let mut bench = Bench::new();
+    bench.topic(&[("allow-written", "true"), ("visibility", "written")]);
+    let entry = || AppendEntry { partition: P0, batch: staged(None, 1) };
+    bench.append_entry(entry(), Level::Written).unwrap();
+    bench.engine = Engine::new(EngineSettings::default());
+    for (events, batches) in bench.frames.clone() {
+        bench.engine.replay(&events, batches, &mut Effects::default()).unwrap();
+    }
+    let mut out = Effects::default();
+    bench.engine.boot(bench.now, bench.lsn, "another run of the machine", &mut out);
+    bench.end_turn(out);
+    let next = bench.append_entry(entry(), Level::Written).unwrap().base_offset;
+    assert!(next > 1, "{next}");
+}
+
+#[test]
+fn reply_table_current_lease() {
+    let (mut bench, lease) = leased(&[]);
+    let extended = bench.settle("a", lease, EXTEND);
+    assert_eq!((extended.status, extended.state), (SettleStatus::Ok, Some(RecordState::Leased)));
+    assert_eq!(bench.status("a", lease, Outcome::Ack), SettleStatus::Ok);
+    let (mut bench, lease) = leased(&[]);
+    let nacked = bench.settle("a", lease, nack());
+    assert_eq!((nacked.state, nacked.remaining_ms), (Some(RecordState::Scheduled), 100));
+    let (mut bench, lease) = leased(&[]);
+    assert_eq!(bench.settle("a", lease, reject()).state, Some(RecordState::DeadLettered));
+    let (mut bench, lease) = leased(&[]);
+    assert_eq!(bench.settle("a", lease, Outcome::Release).state, Some(RecordState::Available));
+}
+
+#[test]
+fn reply_table_repeated() {
+    let (mut bench, lease) = leased(&[]);
+    bench.settle("a", lease, Outcome::Ack);
+    assert_eq!(bench.status("a", lease, Outcome::Ack), SettleStatus::Duplicate);
+    assert_eq!(bench.status("a", lease, nack()), SettleStatus::Conflict);
+    assert_eq!(bench.status("a", lease, EXTEND), SettleStatus::Gone);
+    let (mut bench, lease) = leased(&[]);
+    bench.settle("a", lease, nack());
+    assert_eq!(bench.status("a", lease, nack()), SettleStatus::Duplicate);
+    assert_eq!(bench.status("a", lease, Outcome::Ack), SettleStatus::Conflict);
+}
+
+#[test]
+fn reply_table_expired() {
+    let (mut bench, lease) = leased(&[("lease", "1s"), ("backoff-initial", "10s"), ("backoff-max", "10s")]);
+    bench.advance(1_000);
+    assert_eq!(bench.counts().failures, 1);
+    assert_eq!(bench.status("a", lease, nack()), SettleStatus::Stale);
+    assert_eq!(bench.status("a", lease, EXTEND), SettleStatus::Stale);
+    assert_eq!(bench.status("a", lease, Outcome::Ack), SettleStatus::Late);
+    let (mut bench, lease) = leased(&[("lease", "1s"), ("backoff-initial", "0s"), ("backoff-max", "0s")]);
+    bench.tell(Command::ShareCredit { subscription: SubscriptionId(1), records: 1, bytes: 0 });
+    bench.advance(1_000);
+    bench.advance(0);
+    assert_eq!(bench.offsets(), [0], "leased again");
+    assert_eq!(bench.status("a", lease, Outcome::Ack), SettleStatus::Stale);
+}
+
+#[test]
+fn reply_table_others() {
+    let (mut bench, lease) = leased(&[]);
+    assert_eq!(bench.status("b", lease, Outcome::Ack), SettleStatus::NotOwner);
+    bench.ask(Command::SeekGroup {
+        group: "pay".to_owned(),
+        topic: "orders".to_owned(),
+        positions: vec![(0, SeekTo::Beginning)],
+    });
+    assert_eq!(bench.status("a", lease, Outcome::Ack), SettleStatus::Fenced);
+}
+
+#[test]
+fn one_stuck_record_does_not_stop_the_others() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.group(&[]);
+    bench.append(None, 100).unwrap();
+    bench.subscribe(1, "a", 100);
+    let all = bench.delivered();
+    assert_eq!(all.len(), 100);
+    bench.settle("a", all[0].0, nack());
+    for (lease, _, _) in &all[1..] {
+        bench.settle("a", *lease, Outcome::Ack);
+    }
+    let counts = bench.counts();
+    assert_eq!((counts.position, counts.lag, counts.scheduled, counts.acked), (Some(100), 1, 1, 99));
+}
+
+#[test]
+fn failures_and_leases_survive_a_crash_and_the_old_name_still_settles() {
+    let (mut bench, lease) = leased(&[]);
+    bench.settle(
+        "a",
+        lease,
+        Outcome::Nack { delay_ms: Some(0), counted: true, detail: FailureDetail::default() },
+    );
+    bench.tell(Command::ShareCredit { subscription: SubscriptionId(1), records: 1, bytes: 0 });
+    bench.advance(0);
+    let second = bench.delivered()[0];
+    assert_eq!((second.1, second.2), (2, 1));
+    bench.reopen();
+    bench.subscribe_holding(2, "a", 1, vec![second.0]);
+    assert!(bench.delivered().is_empty(), "the member holds it still");
+    assert_eq!(bench.status("a", second.0, Outcome::Ack), SettleStatus::Ok);
+}
+
+#[test]
+fn leases_that_a_returning_member_does_not_name_go_back_without_a_failure() {
+    let (mut bench, _) = leased(&[]);
+    bench.subscribe(2, "a", 1);
+    let again = bench.delivered();
+    assert_eq!((again[0].1, again[0].2), (2, 0));
+}
+
+#[test]
+fn a_silent_member_is_lost_and_its_records_are_tried_again() {
+    let (mut bench, _) = leased(&[("backoff-initial", "1s"), ("backoff-max", "1s"), ("jitter", "0")]);
+    bench.advance(10_000);
+    assert_eq!(bench.ended, [SubscriptionId(1)]);
+    let counts = bench.counts();
+    assert_eq!((counts.leased, counts.scheduled, counts.failures), (0, 1, 1));
+    bench.subscribe(2, "b", 1);
+    bench.advance(1_000);
+    assert_eq!(bench.offsets(), [0]);
+}
+
+#[test]
+fn an_exhausted_record_is_dead_lettered_in_one_frame_and_once_also_after_a_crash_in_between() {
+    let (mut bench, lease) = leased(&[("max-failures", "1")]);
+    bench.hold_letters = true;
+    assert_eq!(bench.settle("a", lease, nack()).state, Some(RecordState::DeadLettered));
+    assert_eq!(bench.counts().dead_lettered, 0);
+    bench.hold_letters = false;
+    bench.reopen();
+    let frames = bench.frames.len();
+    assert_eq!(bench.counts().dead_lettered, 1);
+    let Reply::DeadLetters(letters) = bench.ask(Command::ListDeadLetters { group: None }) else { panic!() };
+    assert_eq!((letters[0].topic.name.as_str(), letters[0].pending), ("dlq.pay.orders", 1));
+    bench.reopen();
+    assert_eq!(bench.counts().dead_lettered, 1);
+    let with_batch = bench.frames[..frames].iter().filter(|(_, batches)| !batches.is_empty()).count();
+    assert_eq!(with_batch, 2, "the record and its dead letter");
+}
+
+#[test]
+fn producers_may_not_write_to_a_dead_letter_topic() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.group(&[]);
+    let Reply::DeadLetters(letters) = bench.ask(Command::ListDeadLetters { group: None }) else { panic!() };
+    let partition = PartitionKey { topic: letters[0].topic.id, partition: 0 };
+    let entry = AppendEntry { partition, batch: staged(None, 1) };
+    assert!(matches!(bench.append_entry(entry, Level::Synced), Err(EngineError::ForeignProducer(_))));
+}
+
+#[test]
+fn a_key_stays_in_order_through_a_nack_while_others_flow() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.group(&[("ordering", "key")]);
+    for key in [b"a", b"a", b"b", b"a"] {
+        bench.append(Some(key), 1).unwrap();
+    }
+    bench.subscribe(1, "m", 10);
+    let first = bench.delivered();
+    assert_eq!(first.iter().map(|(lease, _, _)| lease.offset).collect::<Vec<_>>(), [0, 2]);
+    bench.settle("m", first[0].0, nack());
+    assert!(bench.offsets().is_empty(), "the key waits for its first record");
+    bench.advance(100);
+    let retried = bench.take_one();
+    assert_eq!(retried.offset, 0);
+    bench.settle("m", retried, Outcome::Ack);
+    assert_eq!(bench.offsets(), [1]);
+}
+
+#[test]
+fn a_key_is_free_only_when_the_settlement_before_is_synced() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.group(&[("ordering", "key")]);
+    bench.append(Some(b"a"), 2).unwrap();
+    bench.subscribe(1, "m", 10);
+    let first = bench.take_one();
+    bench.hold_sync = true;
+    bench.settle("m", first, Outcome::Ack);
+    assert!(bench.offsets().is_empty());
+    bench.hold_sync = false;
+    bench.advance(1);
+    assert_eq!(bench.offsets(), [1]);
+}
+
+#[test]
+fn complete_appends_its_outputs_with_the_ack_or_not_at_all() {
+    let (mut bench, record) = leased(&[]);
+    let complete = |bench: &mut Bench| {
+        let other = PartitionKey { topic: TOPIC, partition: 1 };
+        let outputs = vec![AppendEntry { partition: other, batch: staged(None, 2) }];
+        let (group, member) = ("pay".to_owned(), "a".to_owned());
+        match bench.ask(Command::Complete { group, member, record, outputs }) {
+            Reply::Completed { result, base_offsets } => (result.status, base_offsets),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(complete(&mut bench), (SettleStatus::Ok, vec![0]));
+    assert_eq!(complete(&mut bench), (SettleStatus::Duplicate, vec![]));
+    bench.reopen();
+    assert_eq!(complete(&mut bench), (SettleStatus::Duplicate, vec![]));
+}
+
+#[test]
+fn replay_of_the_journal_and_a_checkpoint_with_the_rest_of_it_agree() {
+    let (mut bench, lease) = leased(&[("max-failures", "2")]);
+    bench.append(Some(b"k"), 50).unwrap();
+    let rows = bench.engine.take_dirty_rows();
+    let at = bench.frames.len();
+    bench.tell(Command::ShareCredit { subscription: SubscriptionId(1), records: 20, bytes: 0 });
+    let taken = bench.delivered();
+    bench.settle("a", lease, nack());
+    for (lease, _, _) in taken.iter().step_by(2) {
+        bench.settle("a", *lease, Outcome::Ack);
+    }
+    let mut full = Engine::new(EngineSettings::default());
+    for (events, batches) in &bench.frames {
+        full.replay(events, batches.clone(), &mut Effects::default()).unwrap();
+    }
+    let mut short = Engine::new(EngineSettings::default());
+    for (key, value) in &rows {
+        if let Some(value) = value {
+            short.restore_row(key, value).unwrap();
+        }
+    }
+    for (events, batches) in &bench.frames[at..] {
+        short.replay(events, batches.clone(), &mut Effects::default()).unwrap();
+    }
+    let all: std::collections::BTreeMap<_, _> = full.take_dirty_rows().into_iter().collect();
+    for (key, value) in short.take_dirty_rows() {
+        assert_eq!(all[&key], value);
+    }
+}
+
+#[test]
+fn a_commit_beyond_the_end_is_refused() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.append(None, 5).unwrap();
+    let commit = |offset| OffsetCommit { partition: P0, offset, metadata: String::new() };
+    let reply = bench.ask(Command::CommitOffsets {
+        group: "readers".to_owned(),
+        member: String::new(),
+        generation: 0,
+        offsets: vec![commit(5), commit(6)],
+    });
+    let Reply::OffsetsCommitted(results) = reply else { panic!() };
+    assert_eq!(results[0], Ok(()));
+    assert_eq!(results[1], Err(EngineError::OffsetOutOfRange { partition: P0, offset: 6, end: 5 }));
+    bench.reopen();
+    let reply = bench.ask(Command::FetchOffsets { group: "readers".to_owned(), partitions: Vec::new() });
+    assert_eq!(reply, Reply::Offsets(vec![commit(5)]));
+}
