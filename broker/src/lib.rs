@@ -3,5 +3,6 @@
 pub mod config;
 pub mod disk;
 pub mod engine;
+pub mod log;
 pub mod settings;
 pub mod telemetry;

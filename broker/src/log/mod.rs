@@ -1,0 +1,35 @@
+//! The log: the records of every partition, as segments on disk and tails in memory, and the views through which
+//! readers see them.
+//!
+//! ```text
+//!   shard ── append ──▶ tail of the partition ──────────────▶ readers (visible once published)
+//!                └────▶ queue ──▶ segment writer ──▶ segment ──▶ readers (once it has left the tail)
+//! ```
+//!
+//! The log is a projection of the journal: the engine decides every position, replay repeats every write, and nothing
+//! here is needed to recover but the bytes up to the checkpointed end of each segment. So the log may be written late,
+//! in large pieces, and synced only for the checkpoint.
+//!
+//! Order of reading: `view` (what readers see), `tail`, `segment`, `walk` (reading and proving), `index`, `queue`,
+//! `writer` (the thread), `scan` (looking into batches).
+
+mod error;
+mod files;
+mod index;
+mod lru;
+mod queue;
+mod scan;
+mod segment;
+mod tail;
+#[cfg(test)]
+mod tests;
+mod view;
+mod views;
+mod walk;
+mod writer;
+
+pub use error::{LogFailure, ReadError};
+pub use scan::{Scanned, read_record, scan};
+pub use view::ReadView;
+pub use views::Views;
+pub use writer::{Condemned, LogOptions, SegmentWriter, Wake};

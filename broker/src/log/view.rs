@@ -1,0 +1,288 @@
+//! What readers see of a partition, without a message to the shard and without waiting for it.
+//!
+//! ```text
+//!   log start ≤ offsets that can be read < high watermark ≤ staged end
+//!   ├────────────── segments on disk ──────────────┤
+//!                            ├────────── tail, in memory ──────────┤
+//! ```
+//!
+//! Invariants: batches are staged in the tail before they become visible; what leaves the tail is in its segment; so
+//! each visible offset is in one of the two. A read returns whole batches, each following the one before, or says why it
+//! cannot: it never leaves out a record. Offsets can be missing where the engine skipped them (after a power loss, with a
+//! higher epoch); such a hole may also stand at the end, below the high watermark.
+//!
+//! Only the segment writer and the shard change a view; anybody may read it.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::{Notify, Semaphore};
+
+use super::error::ReadError;
+use super::files::SegmentFiles;
+use super::segment::{PlacedBatch, Segment};
+use super::tail::{Tail, TailBudget, TailRead};
+use crate::engine::PartitionInfo;
+use crate::engine::effect::SegmentName;
+use crate::engine::types::PartitionKey;
+
+/// What all views of a log share.
+#[derive(Debug)]
+pub(super) struct LogContext {
+    pub(super) files: SegmentFiles,
+    pub(super) budget: TailBudget,
+    /// Bounds the threads that may wait for the disk on behalf of readers.
+    pub(super) disk_reads: Arc<Semaphore>,
+}
+
+/// One partition as readers see it.
+#[derive(Debug)]
+pub struct ReadView {
+    partition: PartitionKey,
+    topic: Arc<str>,
+    log_start: AtomicU64,
+    high_watermark: AtomicU64,
+    /// Ascending by base offset; the last one grows.
+    segments: ArcSwap<Vec<Arc<Segment>>>,
+    /// Never held over I/O.
+    tail: Mutex<Tail>,
+    interested: Mutex<Vec<Weak<Notify>>>,
+    context: Arc<LogContext>,
+}
+
+impl ReadView {
+    /// Everything below the end of the partition is visible at first.
+    pub(super) fn new(context: Arc<LogContext>, info: &PartitionInfo) -> Self {
+        let newest = info.segments.len().saturating_sub(1);
+        let segment = |(at, &(name, bytes))| Arc::new(Segment::new(name, bytes, at < newest));
+        let segments: Vec<_> = info.segments.iter().enumerate().map(segment).collect();
+        Self {
+            partition: info.partition,
+            topic: info.topic.as_str().into(),
+            log_start: AtomicU64::new(info.log_start),
+            high_watermark: AtomicU64::new(info.end),
+            segments: ArcSwap::from_pointee(segments),
+            tail: Mutex::default(),
+            interested: Mutex::default(),
+            context,
+        }
+    }
+
+    pub fn partition(&self) -> PartitionKey {
+        self.partition
+    }
+
+    /// Name of the topic.
+    pub fn topic(&self) -> &Arc<str> {
+        &self.topic
+    }
+
+    /// First offset that can be read, if there is a record at all.
+    pub fn log_start(&self) -> u64 {
+        self.log_start.load(Ordering::Acquire)
+    }
+
+    /// End of what is visible: the first offset that cannot be read yet.
+    pub fn high_watermark(&self) -> u64 {
+        self.high_watermark.load(Ordering::Acquire)
+    }
+
+    /// Bytes of all batches, those included that are not visible yet.
+    pub fn bytes(&self) -> u64 {
+        self.segments.load().iter().map(|segment| segment.staged_end()).sum()
+    }
+
+    /// Shows everything below `high_watermark` and wakes whoever is interested. It never falls: a lower value is ignored.
+    pub fn publish(&self, high_watermark: u64) {
+        if self.high_watermark.fetch_max(high_watermark, Ordering::AcqRel) < high_watermark {
+            self.wake();
+        }
+    }
+
+    /// Wakes `notify` (one permit, [`Notify::notify_one`]) whenever the high watermark rises or the partition goes, for as
+    /// long as somebody else holds the `Arc`. Registering again changes nothing. Register first, then read, then wait: so no rise is missed.
+    pub fn interest(&self, notify: &Arc<Notify>) {
+        let mut interested = self.interested.lock();
+        if interested.iter().any(|other| std::ptr::eq(other.as_ptr(), Arc::as_ptr(notify))) {
+            return;
+        }
+        // Room is made before the list grows, so that it stays in proportion to those who are still there.
+        if interested.len() == interested.capacity() {
+            interested.retain(|other| other.strong_count() > 0);
+        }
+        interested.push(Arc::downgrade(notify));
+    }
+
+    fn wake(&self) {
+        self.interested.lock().retain(|notify| match notify.upgrade() {
+            Some(notify) => {
+                notify.notify_one();
+                true
+            }
+            None => false,
+        });
+    }
+
+    /// Batches from the one that holds `offset` on: whole, visible, at most `max_bytes` unless the first alone is larger.
+    /// The first may begin below `offset`, or above it where the log has a hole. Empty when there is nothing (yet) from
+    /// `offset` on.
+    ///
+    /// The batches share buffers, which they may pin beyond their own length by about 64 KiB.
+    ///
+    /// Blocks on the disk when the batches are not in memory; in async code use [`Self::fetch`].
+    ///
+    /// # Errors
+    /// See [`ReadError`].
+    pub fn read(&self, offset: u64, max_bytes: usize) -> Result<Vec<Bytes>, ReadError> {
+        self.read_placed(offset, max_bytes).map(into_bytes)
+    }
+
+    /// As [`Self::read`], without blocking: what is in memory is answered at once, the disk is read on one of a bounded
+    /// number of threads. Dropping the future is safe; a disk read that has begun then ends in the background.
+    ///
+    /// # Errors
+    /// See [`ReadError`].
+    pub async fn fetch(self: &Arc<Self>, offset: u64, max_bytes: usize) -> Result<Vec<Bytes>, ReadError> {
+        if let Some(batches) = self.read_memory(offset, max_bytes)? {
+            return Ok(into_bytes(batches));
+        }
+        self.on_disk_thread(move |view| view.read(offset, max_bytes)).await
+    }
+
+    /// The first visible record of at least this timestamp (Unix ms): its offset, `None` if there is none.
+    ///
+    /// Blocks on the disk; in async code use [`Self::find_timestamp`].
+    ///
+    /// # Errors
+    /// [`ReadError::Corrupt`] and [`ReadError::Io`].
+    pub fn offset_for_timestamp(&self, timestamp: i64) -> Result<Option<u64>, ReadError> {
+        super::scan::offset_for_timestamp(self, timestamp)
+    }
+
+    /// As [`Self::offset_for_timestamp`], without blocking. Dropping the future is safe.
+    ///
+    /// # Errors
+    /// [`ReadError::Corrupt`] and [`ReadError::Io`].
+    pub async fn find_timestamp(self: &Arc<Self>, timestamp: i64) -> Result<Option<u64>, ReadError> {
+        self.on_disk_thread(move |view| view.offset_for_timestamp(timestamp)).await
+    }
+
+    /// Runs blocking work for a reader on one of a bounded number of threads.
+    pub(super) async fn on_disk_thread<R: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> Result<R, ReadError> + Send + 'static,
+    ) -> Result<R, ReadError> {
+        let permit = Arc::clone(&self.context.disk_reads).acquire_owned().await;
+        let view = Arc::clone(self);
+        let task = tokio::task::spawn_blocking(move || {
+            let result = work(&view);
+            drop(permit);
+            result
+        });
+        match task.await {
+            Ok(result) => result,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                // The runtime is shutting down.
+                Err(error) => Err(ReadError::Io {
+                    file: self.context.files.directory(self.partition),
+                    source: std::io::Error::other(error),
+                }),
+            },
+        }
+    }
+
+    pub(super) fn read_placed(&self, offset: u64, max_bytes: usize) -> Result<Vec<PlacedBatch>, ReadError> {
+        loop {
+            if let Some(batches) = self.read_memory(offset, max_bytes)? {
+                return Ok(batches);
+            }
+            let tail_start = self.tail.lock().start();
+            let end = self.high_watermark();
+            for segment in self.segments_from(offset) {
+                let batches = segment.read(&self.context.files, offset, end, max_bytes)?;
+                if !batches.is_empty() {
+                    return Ok(batches);
+                }
+            }
+            // Every byte that was ever written is accounted for, and no batch on disk holds the offset or follows it. If
+            // the tail has not moved since, the offset lies in a hole before it or at the end of the log; otherwise its
+            // batch may have gone to disk behind our back.
+            let tail = self.tail.lock();
+            if tail.start() == tail_start {
+                return Ok(tail.following(offset, self.high_watermark(), max_bytes));
+            }
+        }
+    }
+
+    /// `None` when the disk must be asked.
+    fn read_memory(&self, offset: u64, max_bytes: usize) -> Result<Option<Vec<PlacedBatch>>, ReadError> {
+        // In this order: the log start is never above a high watermark that is read after it.
+        let log_start = self.log_start();
+        let high_watermark = self.high_watermark();
+        if offset < log_start {
+            return Err(ReadError::BelowStart { log_start });
+        }
+        if offset > high_watermark {
+            return Err(ReadError::AboveEnd { high_watermark });
+        }
+        if offset == high_watermark {
+            return Ok(Some(Vec::new()));
+        }
+        match self.tail.lock().read(offset, high_watermark, max_bytes) {
+            TailRead::Found(batches) => Ok(Some(batches)),
+            TailRead::NotHere => Ok(None),
+        }
+    }
+
+    /// The segments that may hold `offset` or what follows it.
+    pub(super) fn segments_from(&self, offset: u64) -> Vec<Arc<Segment>> {
+        let segments = self.segments.load();
+        let first =
+            segments.partition_point(|segment| segment.name().base_offset <= offset).saturating_sub(1);
+        segments[first..].to_vec()
+    }
+
+    pub(super) fn context(&self) -> &LogContext {
+        &self.context
+    }
+
+    pub(super) fn tail(&self) -> &Mutex<Tail> {
+        &self.tail
+    }
+
+    pub(super) fn segments(&self) -> Arc<Vec<Arc<Segment>>> {
+        self.segments.load_full()
+    }
+
+    pub(super) fn segment(&self, name: SegmentName) -> Option<Arc<Segment>> {
+        // Nearly always the newest.
+        self.segments.load().iter().rev().find(|segment| segment.name() == name).map(Arc::clone)
+    }
+
+    /// Adds the segment that grows from now on.
+    pub(super) fn add_segment(&self, name: SegmentName) {
+        let added = Arc::new(Segment::new(name, 0, false));
+        self.segments.rcu(|segments| segments.iter().chain([&added]).map(Arc::clone).collect::<Vec<_>>());
+    }
+
+    /// Takes a batch into the tail. It becomes visible with [`Self::publish`].
+    pub(super) fn stage(&self, batch: PlacedBatch) {
+        batch.segment.stage(batch.position + batch.bytes.len() as u64);
+        let cost = self.tail.lock().push(batch);
+        self.context.budget.add(cost);
+    }
+
+    /// The partition is gone: frees its tail and wakes its readers, who find out where they look next.
+    pub(super) fn close(&self) {
+        self.context.budget.forget(self);
+        self.wake();
+    }
+}
+
+fn into_bytes(batches: Vec<PlacedBatch>) -> Vec<Bytes> {
+    batches.into_iter().map(|batch| batch.bytes).collect()
+}
