@@ -1,5 +1,6 @@
 //! The Felucca broker as a library; the `felucca` binary is a thin shell around it.
 
+pub mod checkpoint;
 pub mod config;
 pub mod disk;
 pub mod engine;
