@@ -11,7 +11,7 @@
 mod mem;
 
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, FileType, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -39,6 +39,9 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// Names of the files (not of the directories) in a directory, sorted. Names that are not UTF-8 are left out.
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
 
+    /// Names of the directories in a directory, sorted. Names that are not UTF-8 are left out.
+    fn list_dirs(&self, dir: &Path) -> io::Result<Vec<String>>;
+
     /// Gives a file another name, replacing what had that name.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
 
@@ -47,6 +50,9 @@ pub trait Disk: Send + Sync + fmt::Debug {
 
     /// Creates a directory with its parents and makes them durable; an existing one is fine.
     fn create_dir(&self, path: &Path) -> io::Result<()>;
+
+    /// Removes an empty directory. A crash may bring it back.
+    fn remove_dir(&self, path: &Path) -> io::Result<()>;
 
     /// Makes every name created, renamed or removed in the directory so far durable.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
@@ -135,17 +141,11 @@ impl Disk for RealDisk {
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
-        let mut names = Vec::new();
-        for entry in std::fs::read_dir(dir)? {
-            let entry = entry?;
-            if entry.file_type()?.is_file()
-                && let Ok(name) = entry.file_name().into_string()
-            {
-                names.push(name);
-            }
-        }
-        names.sort_unstable();
-        Ok(names)
+        list_names(dir, FileType::is_file)
+    }
+
+    fn list_dirs(&self, dir: &Path) -> io::Result<Vec<String>> {
+        list_names(dir, FileType::is_dir)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -179,9 +179,27 @@ impl Disk for RealDisk {
         Ok(())
     }
 
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        std::fs::remove_dir(path)
+    }
+
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         File::open(path)?.sync_all()
     }
+}
+
+fn list_names(dir: &Path, wanted: fn(&FileType) -> bool) -> io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if wanted(&entry.file_type()?)
+            && let Ok(name) = entry.file_name().into_string()
+        {
+            names.push(name);
+        }
+    }
+    names.sort_unstable();
+    Ok(names)
 }
 
 #[derive(Debug)]
@@ -256,6 +274,15 @@ mod tests {
         disk.sync_dir(&dir).unwrap();
         assert_eq!(disk.list(&dir).unwrap(), ["two"]);
         assert_eq!(disk.list(root).unwrap(), Vec::<String>::new(), "directories are not listed");
+        assert_eq!(disk.list_dirs(root).unwrap(), ["a"]);
+        assert_eq!(disk.list_dirs(&dir).unwrap(), Vec::<String>::new(), "files are not listed");
+        assert_eq!(disk.list_dirs(&root.join("none")).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(disk.remove_dir(&dir).unwrap_err().kind(), io::ErrorKind::DirectoryNotEmpty);
+        assert_eq!(disk.remove_dir(&root.join("a")).unwrap_err().kind(), io::ErrorKind::DirectoryNotEmpty);
+        disk.create_dir(&root.join("c")).unwrap();
+        disk.remove_dir(&root.join("c")).unwrap();
+        assert_eq!(disk.remove_dir(&root.join("c")).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(disk.list_dirs(root).unwrap(), ["a"]);
         let reader = disk.open_read(&dir.join("two")).unwrap();
         assert_eq!(reader.len().unwrap(), file.len().unwrap());
         assert!(reader.write_all_at(b"x", 0).is_err());

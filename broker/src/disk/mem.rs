@@ -196,6 +196,15 @@ impl Disk for MemDisk {
         Ok(names.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect())
     }
 
+    fn list_dirs(&self, dir: &Path) -> io::Result<Vec<String>> {
+        let state = self.state.lock();
+        if !state.dirs.contains(dir) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let names = state.dirs.iter().filter(|path| path.parent() == Some(dir));
+        Ok(names.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect())
+    }
+
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let (source, target) = (from.to_path_buf(), to.to_path_buf());
         self.change_name(from, |inode| NameChange::Rename { from: source, to: target, inode })
@@ -209,6 +218,20 @@ impl Disk for MemDisk {
         let mut state = self.state.lock();
         state.begin()?;
         state.dirs.extend(path.ancestors().map(Path::to_path_buf));
+        Ok(())
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.state.lock();
+        if !state.dirs.contains(path) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let below = |other: &Path| other != path && other.starts_with(path);
+        if state.live.keys().any(|file| below(file)) || state.dirs.iter().any(|dir| below(dir)) {
+            return Err(io::ErrorKind::DirectoryNotEmpty.into());
+        }
+        state.begin()?;
+        state.dirs.remove(path);
         Ok(())
     }
 

@@ -13,6 +13,9 @@ pub enum ReadError {
     /// Nothing was ever visible there.
     #[error("the log ends at offset {high_watermark}")]
     AboveEnd { high_watermark: u64 },
+    /// The partition was deleted; look it up again.
+    #[error("the partition was deleted")]
+    Removed,
     /// What is stored is not what was written. Retrying does not help; other offsets may still be readable.
     #[error("{} is damaged at byte {position} (offset {offset}): {reason}", file.display())]
     Corrupt { file: PathBuf, position: u64, offset: u64, reason: String },

@@ -5,18 +5,20 @@
 //! nothing: a later sync through a new one covers the whole file, and Linux reports a write-back error that nobody
 //! has seen yet to descriptors opened after it.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use uuid::Uuid;
 
 use super::error::ReadError;
 use super::index::Index;
 use super::lru::Lru;
 use crate::disk::{Disk, DiskFile};
 use crate::engine::effect::SegmentName;
-use crate::engine::types::PartitionKey;
+use crate::engine::types::{PartitionKey, TopicId};
 
 #[derive(Debug)]
 pub(super) struct SegmentFiles {
@@ -55,6 +57,37 @@ impl SegmentFiles {
             .join(format!("{:020}-{}.{extension}", name.base_offset, name.generation))
     }
 
+    /// Names of the segments on disk whose partition is not `known`. Empty directories of such partitions are removed.
+    pub(super) fn find_unknown(&self, known: impl Fn(PartitionKey) -> bool) -> io::Result<Vec<SegmentName>> {
+        let mut found = BTreeSet::new();
+        for topic in self.disk.list_dirs(&self.root)? {
+            let Ok(id) = Uuid::try_parse(&topic) else { continue };
+            let directory = self.root.join(&topic);
+            for number in self.disk.list_dirs(&directory)? {
+                let Ok(number) = number.parse() else { continue };
+                let partition = PartitionKey { topic: TopicId(id.into_bytes()), partition: number };
+                if known(partition) {
+                    continue;
+                }
+                let names = self.disk.list(&self.directory(partition))?;
+                found.extend(names.iter().filter_map(|name| parse_name(partition, name)));
+                self.remove_empty(partition);
+            }
+        }
+        Ok(found.into_iter().collect())
+    }
+
+    /// Removes the directories of a partition and of its topic, if they are empty.
+    pub(super) fn remove_empty(&self, partition: PartitionKey) {
+        let directory = self.directory(partition);
+        // That a directory is not empty, or gone already, is the common case.
+        if self.disk.remove_dir(&directory).is_ok()
+            && let Some(topic) = directory.parent()
+        {
+            let _ = self.disk.remove_dir(topic);
+        }
+    }
+
     /// The descriptor of an existing segment.
     pub(super) fn open(&self, name: SegmentName) -> io::Result<Arc<dyn DiskFile>> {
         if let Some(file) = self.open.lock().get(&name) {
@@ -70,13 +103,6 @@ impl SegmentFiles {
         let evicted = self.open.lock().insert(name, Arc::clone(file), 1);
         // Closing a file may take a while; the lock is free by now.
         drop(evicted);
-    }
-
-    /// Forgets a segment that is about to be removed.
-    pub(super) fn forget(&self, name: SegmentName) {
-        let file = self.open.lock().remove(&name);
-        let index = self.indexes.lock().remove(&name);
-        drop((file, index));
     }
 
     pub(super) fn cached_index(&self, name: SegmentName) -> Option<Arc<Index>> {
@@ -101,9 +127,28 @@ impl SegmentFiles {
     /// Replaces an index file. Not synced: a torn one is noticed by its checksum and rebuilt.
     pub(super) fn write_index(&self, name: SegmentName, encoded: &[u8]) -> io::Result<()> {
         let path = self.index_path(name);
-        let temporary = path.with_extension("index.new");
+        let temporary = self.new_index_path(name);
         self.disk.create(&temporary)?.write_all_at(encoded, 0)?;
         self.disk.rename(&temporary, &path)
+    }
+
+    /// Where an index is written before it gets its name.
+    fn new_index_path(&self, name: SegmentName) -> PathBuf {
+        self.path(name, "index.new")
+    }
+
+    /// Removes the files of a segment.
+    pub(super) fn remove(&self, name: SegmentName) -> io::Result<()> {
+        let file = self.open.lock().remove(&name);
+        let index = self.indexes.lock().remove(&name);
+        drop((file, index));
+        for path in [self.log_path(name), self.index_path(name), self.new_index_path(name)] {
+            match self.disk.remove(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn corrupt(
@@ -119,4 +164,15 @@ impl SegmentFiles {
     pub(super) fn io(&self, name: SegmentName, source: io::Error) -> ReadError {
         ReadError::Io { file: self.log_path(name), source }
     }
+}
+
+/// Reads `<base offset>-<generation>.<extension>`.
+fn parse_name(partition: PartitionKey, file: &str) -> Option<SegmentName> {
+    let (stem, _) = file.split_once('.')?;
+    let (base_offset, generation) = stem.split_once('-')?;
+    Some(SegmentName {
+        partition,
+        base_offset: base_offset.parse().ok()?,
+        generation: generation.parse().ok()?,
+    })
 }

@@ -13,7 +13,7 @@
 //!
 //! Only the segment writer and the shard change a view; anybody may read it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use arc_swap::ArcSwap;
@@ -50,6 +50,7 @@ pub struct ReadView {
     /// Never held over I/O.
     tail: Mutex<Tail>,
     interested: Mutex<Vec<Weak<Notify>>>,
+    removed: AtomicBool,
     context: Arc<LogContext>,
 }
 
@@ -67,6 +68,7 @@ impl ReadView {
             segments: ArcSwap::from_pointee(segments),
             tail: Mutex::default(),
             interested: Mutex::default(),
+            removed: AtomicBool::new(false),
             context,
         }
     }
@@ -220,6 +222,9 @@ impl ReadView {
 
     /// `None` when the disk must be asked.
     fn read_memory(&self, offset: u64, max_bytes: usize) -> Result<Option<Vec<PlacedBatch>>, ReadError> {
+        if self.removed.load(Ordering::Acquire) {
+            return Err(ReadError::Removed);
+        }
         // In this order: the log start is never above a high watermark that is read after it.
         let log_start = self.log_start();
         let high_watermark = self.high_watermark();
@@ -276,8 +281,9 @@ impl ReadView {
         self.context.budget.add(cost);
     }
 
-    /// The partition is gone: frees its tail and wakes its readers, who find out where they look next.
+    /// The partition is gone: frees its tail and wakes its readers, who get [`ReadError::Removed`] from now on.
     pub(super) fn close(&self) {
+        self.removed.store(true, Ordering::Release);
         self.context.budget.forget(self);
         self.wake();
     }

@@ -289,6 +289,17 @@ impl SegmentWriter {
         Condemned(std::mem::take(&mut *self.shared.condemned.lock()))
     }
 
+    /// Finds segments on disk whose partition does not exist (left over when a crash came before [`Self::unlink`]) and
+    /// adds them to those of [`Self::take_condemned`]. For a start, after replay and before anything is created.
+    ///
+    /// # Errors
+    /// A directory cannot be listed.
+    pub fn condemn_unknown(&self) -> io::Result<()> {
+        let found = self.shared.context.files.find_unknown(|key| self.shared.views.get(key).is_some())?;
+        self.shared.condemned.lock().extend(found);
+        Ok(())
+    }
+
     /// Removes files, in the background. What cannot be removed is reported in the log.
     pub fn unlink(&self, condemned: Condemned) {
         self.shared.state.lock().removals.extend(condemned.0);
@@ -515,15 +526,16 @@ impl Shared {
     }
 
     fn unlink(&self, name: SegmentName) {
+        let view = self.views.get(name.partition);
+        if view.as_ref().is_some_and(|view| view.segment(name).is_some()) {
+            return;
+        }
         let files = &self.context.files;
-        files.forget(name);
-        for path in [files.log_path(name), files.index_path(name)] {
-            match files.disk().remove(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    warn!(path = %path.display(), %error, "a segment could not be removed");
-                }
-                _ => {}
-            }
+        if let Err(error) = files.remove(name) {
+            warn!(file = %files.log_path(name).display(), %error, "a segment could not be removed");
+        }
+        if view.is_none() {
+            files.remove_empty(name.partition);
         }
     }
 }
