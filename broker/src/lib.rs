@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod disk;
 pub mod engine;
+pub mod journal;
 pub mod log;
 pub mod settings;
 pub mod telemetry;

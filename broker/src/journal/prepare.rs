@@ -1,0 +1,231 @@
+//! Making journal files ahead of their need, and recycling those that are not needed any more.
+//!
+//! Writing zeros once makes every later sync of the file cheaper than growing it would, and a recycled file needs not
+//! even that. Both take tens of milliseconds, so a thread of its own does them.
+//!
+//! Invariants: at most one file is wanted or ready at a time; at most `spare_files` spares are kept.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+use super::file::{self, FileHeader, JournalFile, Listing};
+use super::{JournalOptions, Lsn};
+use crate::disk::Disk;
+
+/// The file that a journal will go on in.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted {
+    pub(super) sequence: u64,
+    /// Sequence of the file that it continues.
+    pub(super) previous: u64,
+    pub(super) synced: Lsn,
+}
+
+#[derive(Debug)]
+pub(super) struct Preparer {
+    shared: Arc<Shared>,
+    /// `None` without a background thread: then the taker does the work.
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    desk: Mutex<Desk>,
+    changed: Condvar,
+    stop: AtomicBool,
+    workshop: Mutex<Workshop>,
+}
+
+#[derive(Debug, Default)]
+struct Desk {
+    wanted: Option<Wanted>,
+    /// Names of files to recycle or remove; at most one entry for each file of the journal.
+    retired: Vec<String>,
+    outcome: Option<io::Result<JournalFile>>,
+}
+
+impl Preparer {
+    pub(super) fn start(disk: Arc<dyn Disk>, dir: &Path, options: &JournalOptions) -> io::Result<Self> {
+        let workshop = Workshop {
+            disk,
+            dir: dir.to_path_buf(),
+            file_bytes: options.file_bytes,
+            spare_limit: options.spare_files,
+            spares: Vec::new(),
+        };
+        let shared = Arc::new(Shared {
+            desk: Mutex::default(),
+            changed: Condvar::new(),
+            stop: AtomicBool::new(false),
+            workshop: Mutex::new(workshop),
+        });
+        let thread = if options.background {
+            let shared = shared.clone();
+            let name = "journal-files".to_owned();
+            Some(std::thread::Builder::new().name(name).spawn(move || shared.run())?)
+        } else {
+            None
+        };
+        Ok(Self { shared, thread })
+    }
+
+    /// Asks for a file; returns at once.
+    pub(super) fn request(&self, wanted: Wanted) {
+        let mut desk = self.shared.desk.lock();
+        desk.wanted = Some(wanted);
+        desk.outcome = None;
+        self.shared.changed.notify_all();
+    }
+
+    /// The file asked for, if it is ready.
+    pub(super) fn try_take(&self) -> Option<JournalFile> {
+        match self.shared.desk.lock().outcome.take_if(|outcome| outcome.is_ok()) {
+            Some(Ok(file)) => Some(file),
+            _ => None,
+        }
+    }
+
+    /// The file asked for; blocks until it is ready. A file that could not be made is tried once more.
+    pub(super) fn take(&self, wanted: Wanted) -> io::Result<JournalFile> {
+        let mut tries_left = 1;
+        loop {
+            if self.thread.is_none() {
+                self.work_now();
+            }
+            let mut desk = self.shared.desk.lock();
+            while desk.outcome.is_none() {
+                if self.thread.as_ref().is_some_and(JoinHandle::is_finished) {
+                    return Err(io::Error::other("the thread that prepares journal files has died"));
+                }
+                // The timeout only serves to notice that.
+                self.shared.changed.wait_for(&mut desk, Duration::from_millis(100));
+            }
+            match desk.outcome.take() {
+                Some(Err(_)) if tries_left > 0 => tries_left -= 1,
+                Some(outcome) => return outcome,
+                None => {}
+            }
+            desk.wanted = Some(wanted);
+            self.shared.changed.notify_all();
+        }
+    }
+
+    /// Hands over files of the directory that are not needed any more; returns at once.
+    pub(super) fn retire(&self, names: impl IntoIterator<Item = String>) {
+        self.shared.desk.lock().retired.extend(names);
+        self.shared.changed.notify_all();
+    }
+
+    /// Does what is waiting on the caller's thread; for journals without a background thread.
+    pub(super) fn work_now(&self) {
+        while self.shared.work() {}
+    }
+}
+
+impl Drop for Preparer {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        // Under the lock, so that the thread cannot miss it between its check and its wait.
+        drop(self.shared.desk.lock());
+        self.shared.changed.notify_all();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that prepares journal files has panicked");
+        }
+    }
+}
+
+impl Shared {
+    fn run(&self) {
+        while !self.stop.load(Ordering::Relaxed) {
+            if self.work() {
+                continue;
+            }
+            let mut desk = self.desk.lock();
+            let idle = desk.wanted.is_none() && desk.retired.is_empty();
+            if idle && !self.stop.load(Ordering::Relaxed) {
+                self.changed.wait(&mut desk);
+            }
+        }
+    }
+
+    /// Does one piece of waiting work; `false` when there is none.
+    fn work(&self) -> bool {
+        let mut workshop = self.workshop.lock();
+        let (retired, wanted) = {
+            let mut desk = self.desk.lock();
+            (std::mem::take(&mut desk.retired), desk.wanted.take())
+        };
+        let busy = !retired.is_empty() || wanted.is_some();
+        for name in retired {
+            // Space that is not given back is a nuisance, not a danger; the next start tries again.
+            if let Err(error) = workshop.retire(&name) {
+                tracing::warn!(file = name, %error, "cannot recycle or remove an old journal file");
+            }
+        }
+        if let Some(wanted) = wanted {
+            let outcome = workshop.make(wanted, &self.stop);
+            self.desk.lock().outcome = Some(outcome);
+            self.changed.notify_all();
+        }
+        busy
+    }
+}
+
+/// Does the work on the files.
+#[derive(Debug)]
+struct Workshop {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    file_bytes: u64,
+    spare_limit: usize,
+    spares: Vec<PathBuf>,
+}
+
+impl Workshop {
+    fn make(&mut self, wanted: Wanted, stop: &AtomicBool) -> io::Result<JournalFile> {
+        let Wanted { sequence, previous, synced } = wanted;
+        let header = FileHeader::new(sequence, previous, 0, synced);
+        let disk = &*self.disk;
+        let mut file = if let Some(spare) = self.spares.pop() {
+            // The new header must not reach the device while the file may still bear its old name there.
+            disk.sync_dir(&self.dir)?;
+            JournalFile::recycle(disk, &spare, header)?
+        } else {
+            let file = JournalFile::create(disk, &self.dir, header)?;
+            file.fill_zeros(file::FIRST_FRAME, self.file_bytes, stop)?;
+            file
+        };
+        file.publish(disk, &self.dir)?;
+        Ok(file)
+    }
+
+    fn retire(&mut self, name: &str) -> io::Result<()> {
+        let path = self.dir.join(name);
+        if self.spares.len() >= self.spare_limit || !self.recyclable(&path)? {
+            return self.disk.remove(&path);
+        }
+        let spare = match Listing::sequence_of_journal(name) {
+            Some(sequence) => self.dir.join(file::spare_name(sequence)),
+            None => path.clone(),
+        };
+        if spare != path {
+            self.disk.rename(&path, &spare)?;
+        }
+        self.spares.push(spare);
+        Ok(())
+    }
+
+    /// Only files of the usual size, and none whose zeros may not be all there.
+    fn recyclable(&self, path: &Path) -> io::Result<bool> {
+        let temporary = path.extension().is_some_and(|extension| extension == "tmp");
+        Ok(!temporary && self.disk.open_read(path)?.len()? == self.file_bytes)
+    }
+}

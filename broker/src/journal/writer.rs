@@ -1,0 +1,217 @@
+//! The writing end of a journal.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::file::{self, JournalFile};
+use super::frame::{self, FrameKind, Place};
+use super::prepare::{Preparer, Wanted};
+use super::syncer::{Progress, Syncer};
+use super::{FailedAction, Failure, JournalError, JournalOptions, Lsn};
+use crate::disk::SECTOR;
+
+static PADDING: [u8; SECTOR as usize] = [0; SECTOR as usize];
+
+/// An open journal, owned by the one thread that writes it. Made by [`Journal::recover`].
+///
+/// Nothing needs closing: dropping it at any moment is as good as a crash that loses nothing written.
+#[derive(Debug)]
+pub struct Journal {
+    pub(super) options: JournalOptions,
+    pub(super) progress: Arc<Progress>,
+    pub(super) preparer: Preparer,
+    /// Files that hold frames, oldest first; the last one is written.
+    pub(super) files: VecDeque<HeldFile>,
+    pub(super) current: Arc<JournalFile>,
+    /// Where the next frame goes in the current file.
+    pub(super) position: u64,
+    /// End of the current file's preallocated part.
+    pub(super) capacity: u64,
+    /// Whether the next file has been asked for.
+    pub(super) requested: bool,
+    pub(super) next_lsn: Lsn,
+    /// The highest synced LSN that some frame or header of the journal already tells.
+    pub(super) told: Lsn,
+    pub(super) header: Vec<u8>,
+    pub(super) recovered: Recovered,
+}
+
+/// A file that the journal consists of.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct HeldFile {
+    pub(super) sequence: u64,
+    /// LSN that its first frame has or will have; 0 = not known.
+    pub(super) first_lsn: Lsn,
+    /// Whether `first_lsn` is in the file's header, rather than only in its first frame.
+    pub(super) fixed: bool,
+}
+
+/// What a recovery found and did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recovered {
+    /// Frames replayed.
+    pub frames: u64,
+    /// Bytes of events and batches in them.
+    pub bytes: u64,
+    /// Frames that were not known to be synced and were written anew.
+    pub rewritten: u64,
+    /// File and position at which a torn tail was cut.
+    pub torn: Option<(PathBuf, u64)>,
+}
+
+impl Journal {
+    /// LSN that the next appended frame will have.
+    pub fn next_lsn(&self) -> Lsn {
+        self.next_lsn
+    }
+
+    /// LSN of the last frame written; every frame up to it survives the death of the process.
+    pub fn written(&self) -> Lsn {
+        self.progress.written()
+    }
+
+    /// The highest LSN known to be on the device; every frame up to it survives the loss of power.
+    pub fn synced(&self) -> Lsn {
+        self.progress.synced()
+    }
+
+    /// Bytes written but not known to be on the device.
+    pub fn unsynced_bytes(&self) -> u64 {
+        self.progress.unsynced_bytes()
+    }
+
+    /// The failure that has stopped the journal, if any.
+    pub fn failure(&self) -> Option<Arc<Failure>> {
+        self.progress.failure()
+    }
+
+    /// What the recovery that opened this journal found.
+    pub fn recovered(&self) -> &Recovered {
+        &self.recovered
+    }
+
+    /// A handle that syncs this journal, for another thread.
+    pub fn syncer(&self) -> Syncer {
+        Syncer::new(self.progress.clone())
+    }
+
+    /// Writes one frame with one vectored write (several beyond some thousand batches) and returns its LSN. The frame
+    /// then survives the death of the process; it survives the loss of power once [`Syncer::sync`] returned its LSN.
+    ///
+    /// Blocks for a copy into the page cache, and for the preparation of a file where that has fallen far behind.
+    /// A frame over the limit changes nothing. Any other error stops the journal; whether the frame is in it shows
+    /// only after a restart.
+    pub fn append(&mut self, events: &[u8], batches: &[Bytes]) -> Result<Lsn, JournalError> {
+        let length = frame::length(events, batches);
+        if length > self.options.max_frame_bytes {
+            return Err(JournalError::FrameTooLarge { bytes: length, limit: self.options.max_frame_bytes });
+        }
+        let lsn = self.next_lsn;
+        self.write(FrameKind::Data, lsn, length, events, batches)?;
+        self.next_lsn += 1;
+        Ok(lsn)
+    }
+
+    /// Writes a mark, which makes recovery certain that the last synced frames were synced; for moments of quiet.
+    ///
+    /// Does nothing, and returns `false`, when some frame tells as much already. The mark itself takes effect with
+    /// the next sync. Errors as for [`append`](Self::append).
+    pub fn mark(&mut self) -> Result<bool, JournalError> {
+        if self.progress.check()? <= self.told {
+            return Ok(false);
+        }
+        self.write(FrameKind::Mark, self.next_lsn - 1, frame::HEADER_BYTES, &[], &[])?;
+        Ok(true)
+    }
+
+    /// Gives up the frames below an LSN: no later recovery will start before it. Files without any other frame are
+    /// recycled or removed in the background.
+    ///
+    /// The caller keeps what the previous checkpoint needs by passing that one's LSN plus one.
+    pub fn release(&mut self, below: Lsn) {
+        let synced = self.progress.synced();
+        // A file goes only when its successor's beginning is on the device: else recovery could find neither.
+        let keep = self.files.iter().rposition(|file| {
+            let begins_durably = file.fixed || file.first_lsn <= synced;
+            file.first_lsn != 0 && file.first_lsn <= below && begins_durably
+        });
+        let released = self.files.drain(..keep.unwrap_or(0));
+        self.preparer.retire(released.map(|file| file::name(file.sequence)));
+    }
+
+    fn write(
+        &mut self,
+        kind: FrameKind,
+        lsn: Lsn,
+        length: u64,
+        events: &[u8],
+        batches: &[Bytes],
+    ) -> Result<(), JournalError> {
+        let synced = self.progress.check()?;
+        self.make_room(frame::padded(length), lsn + u64::from(kind == FrameKind::Mark), synced)?;
+        let place = Place { salt: self.current.header.salt, position: self.position };
+        frame::encode(&mut self.header, place, kind, lsn, synced, events, batches);
+        let written = write_frame(&self.current, self.position, &self.header, events, batches)
+            .map_err(|source| self.progress.stop(FailedAction::Write, &self.current.path, source))?;
+        self.progress.wrote(&self.current, lsn, written);
+        self.position += written;
+        self.told = synced;
+        Ok(())
+    }
+
+    /// Goes on to the next file when the frame does not fit the current one, and asks for the next in good time.
+    fn make_room(&mut self, bytes: u64, lsn: Lsn, synced: Lsn) -> Result<(), JournalError> {
+        let end = self.position + bytes;
+        if !self.requested && end > self.capacity / 2 {
+            self.preparer.request(self.wanted(synced));
+            self.requested = true;
+        }
+        if end <= self.capacity {
+            return Ok(());
+        }
+        let next = match self.preparer.try_take() {
+            Some(next) => next,
+            // Growing the file costs its syncs a little; waiting for the disk to take many megabytes of zeros costs
+            // every caller a lot.
+            None if end <= self.options.file_bytes => return Ok(()),
+            None => self
+                .preparer
+                .take(self.wanted(synced))
+                .map_err(|source| self.progress.stop(FailedAction::Prepare, &self.current.path, source))?,
+        };
+        self.files.push_back(HeldFile { sequence: next.header.sequence, first_lsn: lsn, fixed: false });
+        self.current = Arc::new(next);
+        self.position = file::FIRST_FRAME;
+        self.capacity = self.options.file_bytes;
+        self.requested = false;
+        Ok(())
+    }
+
+    fn wanted(&self, synced: Lsn) -> Wanted {
+        let previous = self.current.header.sequence;
+        Wanted { sequence: previous + 1, previous, synced }
+    }
+}
+
+/// Writes a frame, whose encoded header is given, with its padding; returns the bytes that it occupies.
+pub(super) fn write_frame(
+    file: &JournalFile,
+    position: u64,
+    header: &[u8],
+    events: &[u8],
+    batches: &[Bytes],
+) -> io::Result<u64> {
+    let length = (header.len() + events.len() + batches.iter().map(Bytes::len).sum::<usize>()) as u64;
+    let size = frame::padded(length);
+    let mut slices = Vec::with_capacity(batches.len() + 3);
+    slices.push(IoSlice::new(header));
+    slices.push(IoSlice::new(events));
+    slices.extend(batches.iter().map(|batch| IoSlice::new(batch)));
+    slices.push(IoSlice::new(&PADDING[..(size - length) as usize]));
+    file.disk_file.write_all_vectored_at(&mut slices, position)?;
+    Ok(size)
+}
