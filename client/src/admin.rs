@@ -1,0 +1,335 @@
+//! Topics, groups and dead letters.
+
+use bytes::Bytes;
+use felucca_protocol::{Api, message};
+
+pub use felucca_protocol::message::{
+    DeadLetterTopic, DescribeGroupReply as GroupDescription, GroupKind, GroupListing, GroupMember,
+    GroupPartition, PartitionOffsets, RedriveTarget, TopicKind,
+};
+
+use crate::client::Client;
+use crate::error::Result;
+use crate::link::missing;
+
+/// A topic.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Topic {
+    pub name: String,
+    /// 16 bytes; another one when the name is used again.
+    pub id: Bytes,
+    pub partitions: u32,
+    pub kind: TopicKind,
+    /// Every setting with its value in force.
+    pub config: Vec<(String, String)>,
+}
+
+impl Topic {
+    pub(crate) fn from_message(topic: message::Topic) -> Self {
+        let kind = topic.kind();
+        let config = topic.config.into_iter().map(|entry| (entry.key, entry.value)).collect();
+        Self { name: topic.name, id: topic.id, partitions: topic.partitions, kind, config }
+    }
+}
+
+/// Where a group is moved to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SeekTo {
+    Beginning,
+    End,
+    Offset(u64),
+    /// The first record at or after this time, Unix milliseconds.
+    Timestamp(i64),
+}
+
+/// The position of a consumer group on a partition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CommittedOffset {
+    pub topic: String,
+    pub partition: u32,
+    /// Next offset to read.
+    pub offset: u64,
+    pub metadata: String,
+}
+
+/// What a redrive did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Redriven {
+    pub moved: u64,
+    /// Left where they are: redriven too often before.
+    pub refused: u64,
+}
+
+/// Administration. Every call waits for its answer, at most for the client's request timeout. What changes something is
+/// asked once: after [`crate::Error::Disconnected`] it may have been done. Dropping a call's future does not undo it.
+#[derive(Clone, Debug)]
+pub struct Admin {
+    client: Client,
+}
+
+fn entries(config: &[(&str, &str)]) -> Vec<message::ConfigEntry> {
+    let entry = |(key, value): &(&str, &str)| message::ConfigEntry {
+        key: (*key).to_owned(),
+        value: (*value).to_owned(),
+    };
+    config.iter().map(entry).collect()
+}
+
+impl Admin {
+    pub(crate) fn new(client: Client) -> Self {
+        Self { client }
+    }
+
+    async fn change<R: prost::Message + Default>(
+        &self,
+        api: Api,
+        request: &impl prost::Message,
+    ) -> Result<R> {
+        Ok(self.client.link.ask(api, request, Vec::new()).await?.0)
+    }
+
+    async fn look<R: prost::Message + Default>(&self, api: Api, request: &impl prost::Message) -> Result<R> {
+        Ok(self.client.link.ask_until(api, request, Vec::new()).await?.0)
+    }
+
+    /// Creates a topic.
+    ///
+    /// # Errors
+    /// The name is taken or not allowed, a setting is unknown or out of its range.
+    pub async fn create_topic(&self, name: &str, partitions: u32, config: &[(&str, &str)]) -> Result<Topic> {
+        let request = message::CreateTopic { name: name.to_owned(), partitions, config: entries(config) };
+        self.topic_reply(self.change(Api::CreateTopic, &request).await?)
+    }
+
+    /// Changes settings of a topic.
+    ///
+    /// # Errors
+    /// The topic is unknown, a setting is unknown or out of its range.
+    pub async fn alter_topic(&self, name: &str, config: &[(&str, &str)]) -> Result<Topic> {
+        let request = message::AlterTopic { name: name.to_owned(), config: entries(config) };
+        self.topic_reply(self.change(Api::AlterTopic, &request).await?)
+    }
+
+    /// Deletes a topic with its records.
+    ///
+    /// # Errors
+    /// The topic is unknown, or belongs to a share group.
+    pub async fn delete_topic(&self, name: &str) -> Result<Topic> {
+        let request = message::DeleteTopic { name: name.to_owned() };
+        let topic = self.topic_reply(self.change(Api::DeleteTopic, &request).await?)?;
+        self.client.forget_id(&topic.id);
+        Ok(topic)
+    }
+
+    fn topic_reply(&self, reply: message::TopicReply) -> Result<Topic> {
+        reply.topic.map(Topic::from_message).ok_or_else(|| missing("the topic"))
+    }
+
+    /// Every topic, also those that belong to share groups.
+    ///
+    /// # Errors
+    /// The broker could not be asked.
+    pub async fn topics(&self) -> Result<Vec<Topic>> {
+        let reply: message::MetadataReply =
+            self.look(Api::Metadata, &message::Metadata { topics: Vec::new() }).await?;
+        Ok(reply.topics.into_iter().map(Topic::from_message).collect())
+    }
+
+    /// One topic.
+    ///
+    /// # Errors
+    /// The topic is unknown.
+    pub async fn topic(&self, name: &str) -> Result<Topic> {
+        let reply: message::MetadataReply =
+            self.look(Api::Metadata, &message::Metadata { topics: vec![name.to_owned()] }).await?;
+        if let Some(error) = reply.errors.into_iter().next().and_then(|unknown| unknown.error) {
+            return Err(error.into());
+        }
+        reply.topics.into_iter().next().map(Topic::from_message).ok_or_else(|| missing("the topic"))
+    }
+
+    /// Log start and high watermark of each partition.
+    ///
+    /// # Errors
+    /// The topic is unknown.
+    pub async fn offsets(&self, topic: &str) -> Result<Vec<PartitionOffsets>> {
+        self.list_offsets(topic, None).await
+    }
+
+    /// As [`Admin::offsets`], with the first offset at or after a time (Unix milliseconds).
+    ///
+    /// # Errors
+    /// The topic is unknown.
+    pub async fn offsets_for_timestamp(&self, topic: &str, timestamp: i64) -> Result<Vec<PartitionOffsets>> {
+        self.list_offsets(topic, Some(timestamp)).await
+    }
+
+    async fn list_offsets(&self, topic: &str, timestamp: Option<i64>) -> Result<Vec<PartitionOffsets>> {
+        let topic_id = self.topic(topic).await?.id;
+        let request = message::ListOffsets { topic_id, partitions: Vec::new(), timestamp };
+        let reply: message::ListOffsetsReply = self.look(Api::ListOffsets, &request).await?;
+        Ok(reply.partitions)
+    }
+
+    /// Creates a share group that begins at the start of each topic's log.
+    ///
+    /// # Errors
+    /// The group exists, a topic is unknown, a setting is unknown or out of its range.
+    pub async fn create_share_group(
+        &self,
+        group: &str,
+        topics: &[&str],
+        config: &[(&str, &str)],
+    ) -> Result<()> {
+        self.create_group(group, topics, config, false).await
+    }
+
+    /// As [`Admin::create_share_group`], beginning at the end of each log.
+    ///
+    /// # Errors
+    /// As [`Admin::create_share_group`].
+    pub async fn create_share_group_at_end(
+        &self,
+        group: &str,
+        topics: &[&str],
+        config: &[(&str, &str)],
+    ) -> Result<()> {
+        self.create_group(group, topics, config, true).await
+    }
+
+    async fn create_group(
+        &self,
+        group: &str,
+        topics: &[&str],
+        config: &[(&str, &str)],
+        from_end: bool,
+    ) -> Result<()> {
+        let topics = topics.iter().map(|topic| (*topic).to_owned()).collect();
+        let request =
+            message::CreateShareGroup { group: group.to_owned(), topics, config: entries(config), from_end };
+        let _: message::Empty = self.change(Api::CreateShareGroup, &request).await?;
+        Ok(())
+    }
+
+    /// Changes settings of a share group; they hold from the next failure or lease on.
+    ///
+    /// # Errors
+    /// The group is unknown, a setting is unknown or out of its range.
+    pub async fn alter_share_group(&self, group: &str, config: &[(&str, &str)]) -> Result<()> {
+        let request = message::AlterShareGroup { group: group.to_owned(), config: entries(config) };
+        let _: message::Empty = self.change(Api::AlterShareGroup, &request).await?;
+        Ok(())
+    }
+
+    /// Groups of both kinds.
+    ///
+    /// # Errors
+    /// The broker could not be asked.
+    pub async fn groups(&self) -> Result<Vec<GroupListing>> {
+        let reply: message::ListGroupsReply = self.look(Api::ListGroups, &message::ListGroups {}).await?;
+        Ok(reply.groups)
+    }
+
+    /// Members, lag and counts of a group.
+    ///
+    /// # Errors
+    /// The group is unknown.
+    pub async fn describe_group(&self, group: &str) -> Result<GroupDescription> {
+        self.look(Api::DescribeGroup, &message::DescribeGroup { group: group.to_owned() }).await
+    }
+
+    /// Deletes a group without members. Its dead letters stay.
+    ///
+    /// # Errors
+    /// The group is unknown or has members.
+    pub async fn delete_group(&self, group: &str) -> Result<()> {
+        let _: message::Empty =
+            self.change(Api::DeleteGroup, &message::DeleteGroup { group: group.to_owned() }).await?;
+        Ok(())
+    }
+
+    /// Stops or resumes handing out records of a share group.
+    ///
+    /// # Errors
+    /// The group is unknown or no share group.
+    pub async fn pause_group(&self, group: &str, paused: bool) -> Result<()> {
+        let request = message::PauseGroup { group: group.to_owned(), paused };
+        let _: message::Empty = self.look(Api::PauseGroup, &request).await?;
+        Ok(())
+    }
+
+    /// Moves a group on one partition of a topic, or on all. A consumer group must have no members; a share group drops its
+    /// leases, retries and settlements there.
+    ///
+    /// # Errors
+    /// Group, topic or partition is unknown, the offset beyond the end, the consumer group has members.
+    pub async fn seek_group(
+        &self,
+        group: &str,
+        topic: &str,
+        partition: Option<u32>,
+        to: SeekTo,
+    ) -> Result<()> {
+        let to = match to {
+            SeekTo::Beginning => message::seek_group::To::Beginning(true),
+            SeekTo::End => message::seek_group::To::End(true),
+            SeekTo::Offset(offset) => message::seek_group::To::Offset(offset),
+            SeekTo::Timestamp(timestamp) => message::seek_group::To::Timestamp(timestamp),
+        };
+        let request =
+            message::SeekGroup { group: group.to_owned(), topic: topic.to_owned(), partition, to: Some(to) };
+        let _: message::Empty = self.change(Api::SeekGroup, &request).await?;
+        Ok(())
+    }
+
+    /// What a consumer group has committed.
+    ///
+    /// # Errors
+    /// The broker could not be asked.
+    pub async fn committed(&self, group: &str) -> Result<Vec<CommittedOffset>> {
+        let request = message::FetchOffsets { group: group.to_owned(), partitions: Vec::new() };
+        let reply: message::FetchOffsetsReply = self.look(Api::FetchOffsets, &request).await?;
+        let mut committed = Vec::with_capacity(reply.offsets.len());
+        for offset in reply.offsets {
+            let topic = self.client.topic_by_id(&offset.topic_id).await?.name.to_string();
+            let (partition, metadata) = (offset.partition, offset.metadata);
+            committed.push(CommittedOffset { topic, partition, offset: offset.offset, metadata });
+        }
+        Ok(committed)
+    }
+
+    /// The dead-letter topics of one group or of all.
+    ///
+    /// # Errors
+    /// The broker could not be asked.
+    pub async fn dead_letter_topics(&self, group: Option<&str>) -> Result<Vec<DeadLetterTopic>> {
+        let request = message::ListDeadLetters { group: group.unwrap_or_default().to_owned() };
+        let reply: message::ListDeadLettersReply = self.look(Api::ListDeadLetters, &request).await?;
+        Ok(reply.topics)
+    }
+
+    /// Hands the dead letters of a group and source topic out again, to the group only or to all readers of the topic. May
+    /// take as long as there are dead letters; repeating it after an error goes on where it stood.
+    ///
+    /// # Errors
+    /// There is no such dead-letter topic.
+    pub async fn redrive(&self, group: &str, topic: &str, target: RedriveTarget) -> Result<Redriven> {
+        let request = message::Redrive {
+            group: group.to_owned(),
+            source_topic: topic.to_owned(),
+            target: target.into(),
+        };
+        let reply: message::RedriveReply = self.change(Api::Redrive, &request).await?;
+        Ok(Redriven { moved: reply.moved, refused: reply.refused })
+    }
+
+    /// Drops the dead letters of a group and source topic; answers how many.
+    ///
+    /// # Errors
+    /// There is no such dead-letter topic.
+    pub async fn purge_dead_letters(&self, group: &str, topic: &str) -> Result<u64> {
+        let request = message::PurgeDeadLetters { group: group.to_owned(), source_topic: topic.to_owned() };
+        let reply: message::PurgeDeadLettersReply = self.change(Api::PurgeDeadLetters, &request).await?;
+        Ok(reply.purged)
+    }
+}

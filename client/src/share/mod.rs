@@ -1,0 +1,140 @@
+//! The share consumer: works through records one by one, together with the other members of its share group.
+//!
+//! [`task`] keeps the subscription over reconnects and turns pushes into [`Delivery`] values; [`settler`] gathers
+//! settlements while one request is in flight and repeats them over reconnects, so that each record has its own outcome;
+//! [`worker`] runs a handler with bounded concurrency and extends leases while it runs.
+
+mod delivery;
+mod settler;
+mod task;
+mod worker;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::client::Client;
+use crate::error::{Error, Result};
+pub use delivery::{Delivery, Lease, Nack, Reject, SettleResult};
+use settler::Settler;
+pub use worker::{Outcome, WorkerReport};
+
+pub use felucca_protocol::message::{RecordState, SettleStatus};
+
+/// Settings of a share consumer.
+#[derive(Clone, Debug)]
+pub struct ShareConsumerBuilder {
+    client: Client,
+    settings: Settings,
+}
+
+#[derive(Clone, Debug)]
+struct Settings {
+    group: String,
+    member_id: String,
+    concurrency: usize,
+    prefetch: u32,
+    prefetch_bytes: u32,
+    drain_timeout: Duration,
+}
+
+impl ShareConsumerBuilder {
+    pub(crate) fn new(client: Client, group: String) -> Self {
+        let settings = Settings {
+            group,
+            member_id: uuid::Uuid::new_v4().to_string(),
+            concurrency: 16,
+            prefetch: 64,
+            prefetch_bytes: 8 << 20,
+            drain_timeout: Duration::from_secs(30),
+        };
+        Self { client, settings }
+    }
+
+    /// Handlers of [`ShareConsumer::run`] at a time; default 16. The prefetch is raised to it.
+    #[must_use]
+    pub fn concurrency(mut self, handlers: usize) -> Self {
+        self.settings.concurrency = handlers.max(1);
+        self
+    }
+
+    /// Records leased ahead, those in work included; default 64.
+    #[must_use]
+    pub fn prefetch(mut self, records: u32) -> Self {
+        self.settings.prefetch = records.max(1);
+        self
+    }
+
+    /// Bytes leased ahead; default 8 MiB. A single larger record is still delivered.
+    #[must_use]
+    pub fn prefetch_bytes(mut self, bytes: u32) -> Self {
+        self.settings.prefetch_bytes = bytes.max(1);
+        self
+    }
+
+    /// A name for this member that outlives the process: a process that comes back under it within the session timeout does
+    /// not count as lost; what it held goes back without a failure. Default random.
+    #[must_use]
+    pub fn member_id(mut self, member_id: impl Into<String>) -> Self {
+        self.settings.member_id = member_id.into();
+        self
+    }
+
+    /// How long `run` waits for running handlers after the shutdown signal; default 30 s.
+    #[must_use]
+    pub fn drain_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.drain_timeout = timeout;
+        self
+    }
+
+    /// Joins the group.
+    ///
+    /// # Errors
+    /// The group is unknown or no share group, or the broker cannot be reached within the request timeout.
+    pub async fn build(mut self) -> Result<ShareConsumer> {
+        let concurrency = u32::try_from(self.settings.concurrency).unwrap_or(u32::MAX);
+        self.settings.prefetch = self.settings.prefetch.max(concurrency);
+        let (group, member_id) = (self.settings.group.clone(), self.settings.member_id.clone());
+        let settler = Settler::start(self.client.clone(), group, member_id);
+        let (sender, deliveries) = mpsc::unbounded_channel();
+        let mut task = task::Task::new(self.client.clone(), self.settings.clone(), settler.clone(), sender);
+        task.subscribe().await?;
+        let task = tokio::spawn(task.run());
+        Ok(ShareConsumer { settings: self.settings, settler, deliveries, _task: Arc::new(AbortOnDrop(task)) })
+    }
+}
+
+#[derive(Debug)]
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// A member of a share group. See the [module](crate::share).
+#[derive(Debug)]
+pub struct ShareConsumer {
+    settings: Settings,
+    settler: Arc<Settler>,
+    deliveries: mpsc::UnboundedReceiver<Result<Delivery>>,
+    _task: Arc<AbortOnDrop>,
+}
+
+impl ShareConsumer {
+    /// The next leased record. Settle it before its lease ends, or extend it; dropping it unsettled releases it. Cancellation
+    /// safe.
+    ///
+    /// # Errors
+    /// The group was deleted, or the broker refuses it; not for lost connections, which are resumed.
+    pub async fn next(&mut self) -> Result<Delivery> {
+        self.deliveries.recv().await.unwrap_or(Err(Error::Closed))
+    }
+
+    /// This member's name in the group.
+    pub fn member_id(&self) -> &str {
+        &self.settings.member_id
+    }
+}
