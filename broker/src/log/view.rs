@@ -221,11 +221,7 @@ impl ReadView {
     }
 
     /// `None` when the disk must be asked.
-    pub(super) fn read_memory(
-        &self,
-        offset: u64,
-        max_bytes: usize,
-    ) -> Result<Option<Vec<PlacedBatch>>, ReadError> {
+    fn read_memory(&self, offset: u64, max_bytes: usize) -> Result<Option<Vec<PlacedBatch>>, ReadError> {
         if self.removed.load(Ordering::Acquire) {
             return Err(ReadError::Removed);
         }

@@ -1,0 +1,77 @@
+//! The order service: takes orders over HTTP, publishes that they were created, and settles them by what payment says.
+//!
+//! Its one source of truth is its database. An order and the event about it are written in one transaction (the
+//! *transactional outbox*), so neither exists without the other; [`relay`] brings the event to the broker, and
+//! [`results`] brings the outcome back.
+//!
+//! Crash windows of `POST /orders`: killed *before the commit*, there is no order and the caller got no reply; killed
+//! *after the commit*, the order stands, and the caller, who may have got no reply, repeats its request under the same
+//! idempotency key and is shown that order.
+
+mod api;
+mod relay;
+mod results;
+pub(crate) mod store;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use tokio::net::TcpListener;
+use tokio::sync::Notify;
+
+pub(crate) use api::OrderList;
+
+use crate::service;
+use store::Store;
+
+/// CloudEvents `source` of this service's events.
+pub(crate) const SOURCE: &str = "/services/order";
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct OrderArgs {
+    /// Address of the broker.
+    #[arg(long)]
+    broker: String,
+    /// Address to serve HTTP on.
+    #[arg(long)]
+    listen: SocketAddr,
+    /// The service's database file.
+    #[arg(long)]
+    database: PathBuf,
+    /// Name of this instance; an instance that comes back under its name keeps its partitions.
+    #[arg(long, default_value = "order-1")]
+    member: String,
+    /// Stop when standard input closes.
+    #[arg(long)]
+    end_with_parent: bool,
+}
+
+/// Runs the service until it is told to stop.
+pub(crate) async fn run(args: OrderArgs) -> anyhow::Result<()> {
+    let stop = service::shutdown_token(args.end_with_parent)?;
+    let store = Store::open(&args.database).context("cannot open the order database")?;
+    let listener =
+        TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
+    service::announce_ready()?;
+
+    // Orders are taken from the first moment, also while the broker is away: the outbox holds what they have to say.
+    let outbox = Arc::new(Notify::new());
+    let router = api::router(store.clone(), Arc::clone(&outbox));
+    let serve = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
+    let serve = async { serve.await.context("the HTTP server failed") };
+    let exchange = async {
+        let client = tokio::select! {
+            client = service::connect(&args.broker, "order") => client?,
+            () = stop.cancelled() => return Ok(()),
+        };
+        tokio::try_join!(
+            relay::run(&client, &store, outbox, stop.clone()),
+            results::run(&client, &store, &args.member, stop.clone()),
+        )
+        .map(|_| ())
+    };
+    tokio::try_join!(serve, exchange)?;
+    Ok(())
+}
