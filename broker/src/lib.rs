@@ -1,10 +1,15 @@
 //! The Felucca broker as a library; the `felucca` binary is a thin shell around it.
 
+pub mod broker;
 pub mod checkpoint;
 pub mod config;
 pub mod disk;
 pub mod engine;
 pub mod journal;
+pub mod listener;
 pub mod log;
+pub mod redrive;
+pub mod server;
 pub mod settings;
+pub mod shard;
 pub mod telemetry;

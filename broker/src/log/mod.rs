@@ -29,7 +29,7 @@ mod walk;
 mod writer;
 
 pub use error::{LogFailure, ReadError};
-pub use scan::{Scanned, read_record, scan};
+pub use scan::{Scanned, read_record, scan, scan_memory};
 pub use view::ReadView;
 pub use views::Views;
 pub use writer::{Condemned, LogOptions, SegmentWriter, Wake};

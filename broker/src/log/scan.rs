@@ -34,10 +34,29 @@ pub struct Scanned {
 /// [`ReadError::AboveEnd`] when the scan begins above the high watermark; damage and failures of the disk, unless they
 /// come after records that can be given out.
 pub fn scan(view: &ReadView, scan: &Scan) -> Result<Scanned, ReadError> {
+    let read = |offset| view.read_placed(offset, SCAN_BYTES).map(Some);
+    // Every read answers, so the scan does.
+    scan_with(view, scan, &read).map(Option::unwrap_or_default)
+}
+
+/// As [`scan()`], without ever blocking: `None` if the disk would have to be asked before anything can be given out.
+///
+/// # Errors
+/// As [`scan()`], for what is in memory.
+pub fn scan_memory(view: &ReadView, scan: &Scan) -> Result<Option<Scanned>, ReadError> {
+    scan_with(view, scan, &|offset| view.read_memory(offset, SCAN_BYTES))
+}
+
+type Read<'a> = dyn Fn(u64) -> Result<Option<Vec<PlacedBatch>>, ReadError> + 'a;
+
+/// `read` gives the batches from an offset on, or `None` where it cannot say.
+fn scan_with(view: &ReadView, scan: &Scan, read: &Read<'_>) -> Result<Option<Scanned>, ReadError> {
     let mut scanned = Scanned { from: scan.from, next: scan.from, records: Vec::new() };
     while scanned.next < scan.until && scanned.records.len() < scan.max_records {
-        let batches = match view.read_placed(scanned.next, SCAN_BYTES) {
-            Ok(batches) => batches,
+        let batches = match read(scanned.next) {
+            Ok(Some(batches)) => batches,
+            Ok(None) if scanned.records.is_empty() => return Ok(None),
+            Ok(None) => break,
             Err(ReadError::BelowStart { log_start }) => {
                 // What was found below is gone as well by now.
                 scanned = Scanned { from: log_start.max(scan.from), next: log_start, records: Vec::new() };
@@ -57,13 +76,13 @@ pub fn scan(view: &ReadView, scan: &Scan) -> Result<Scanned, ReadError> {
             }
             match scan_batch(batch, scan, &mut scanned) {
                 Ok(()) => {}
-                Err(_) if !scanned.records.is_empty() => return Ok(scanned),
+                Err(_) if !scanned.records.is_empty() => return Ok(Some(scanned)),
                 Err(error) => return Err(corrupt(view, batch, &error)),
             }
         }
     }
     scanned.next = scanned.next.min(scan.until.max(scanned.from));
-    Ok(scanned)
+    Ok(Some(scanned))
 }
 
 /// Adds the records of one batch. On an error nothing of the batch was added.

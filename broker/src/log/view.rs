@@ -221,7 +221,11 @@ impl ReadView {
     }
 
     /// `None` when the disk must be asked.
-    fn read_memory(&self, offset: u64, max_bytes: usize) -> Result<Option<Vec<PlacedBatch>>, ReadError> {
+    pub(super) fn read_memory(
+        &self,
+        offset: u64,
+        max_bytes: usize,
+    ) -> Result<Option<Vec<PlacedBatch>>, ReadError> {
         if self.removed.load(Ordering::Acquire) {
             return Err(ReadError::Removed);
         }

@@ -1,0 +1,314 @@
+//! The front door: what every listener calls, and all that it knows of the broker.
+//!
+//! Commands go to the shard and come back as [`Reply`] values at the caller's [`Sink`](crate::shard::Sink); reads of
+//! records go straight to the read views. No wire format of any listener appears here.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use felucca_protocol::batch::{self, BatchLimits};
+use tokio::sync::Notify;
+use tokio::time::timeout;
+
+use crate::engine::command::{Command, SeekTo};
+use crate::engine::effect::{GroupDescription, Reply, TopicInfo};
+use crate::engine::error::EngineError;
+use crate::engine::types::{PartitionKey, SubscriptionId, TopicId};
+use crate::log::{ReadError, ReadView, Views};
+use crate::shard::{Gate, Inbox, Once, Submission};
+
+/// Longest that [`Broker::call`] waits for an answer.
+const CALL_PATIENCE: Duration = Duration::from_secs(60);
+
+/// What every listener tells its clients and holds them to.
+#[derive(Clone, Debug)]
+pub struct BrokerLimits {
+    pub batch: BatchLimits,
+    /// A member is lost when nothing was heard of it for so long.
+    pub session_timeout: Duration,
+}
+
+/// Why a call through the front door failed.
+#[derive(Debug, thiserror::Error)]
+pub enum BrokerError {
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The outcome is unknown; the request may still be carried out.
+    #[error("no answer within {0:?}")]
+    Timeout(Duration),
+    /// The shard answered something that this command has no use for: a fault of the broker.
+    #[error("unexpected answer to {0}")]
+    Unexpected(&'static str),
+}
+
+/// Cheap to clone; all clones are the same door.
+#[derive(Clone, Debug)]
+pub struct Broker {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    inbox: Arc<Inbox>,
+    views: Arc<Views>,
+    gate: Gate,
+    limits: BrokerLimits,
+    boot_epoch: u64,
+    next_subscription: AtomicU64,
+    stopping: AtomicBool,
+    stop: Notify,
+}
+
+impl Broker {
+    pub(crate) fn new(
+        inbox: Arc<Inbox>,
+        views: Arc<Views>,
+        gate: Gate,
+        limits: BrokerLimits,
+        boot_epoch: u64,
+    ) -> Self {
+        let inner = Inner {
+            inbox,
+            views,
+            gate,
+            limits,
+            boot_epoch,
+            next_subscription: AtomicU64::new(1),
+            stopping: AtomicBool::new(false),
+            stop: Notify::new(),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    pub fn limits(&self) -> &BrokerLimits {
+        &self.inner.limits
+    }
+
+    /// Changes at every start.
+    pub fn boot_epoch(&self) -> u64 {
+        self.inner.boot_epoch
+    }
+
+    /// Admission of request bytes: to be passed before a request is taken in.
+    pub fn gate(&self) -> &Gate {
+        &self.inner.gate
+    }
+
+    /// A fresh name for a share subscription.
+    pub fn new_subscription(&self) -> SubscriptionId {
+        SubscriptionId(self.inner.next_subscription.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Queues commands in order, without waiting. Each is answered at its responder.
+    pub fn submit(&self, submissions: impl IntoIterator<Item = Submission>) {
+        self.inner.inbox.submit(submissions);
+    }
+
+    /// Carries out one command. Dropping the future does not undo the command.
+    ///
+    /// # Errors
+    /// The engine's refusal, or [`BrokerError::Timeout`].
+    pub async fn call(&self, command: Command) -> Result<Reply, BrokerError> {
+        let (responder, answer) = Once::channel();
+        self.submit([Submission::new(command, responder)]);
+        match timeout(CALL_PATIENCE, answer).await {
+            Ok(Ok(Reply::Error(error))) => Err(error.into()),
+            Ok(Ok(reply)) => Ok(reply),
+            Ok(Err(_)) => Err(EngineError::Stopping.into()),
+            Err(_) => Err(BrokerError::Timeout(CALL_PATIENCE)),
+        }
+    }
+
+    /// What readers see of a partition.
+    ///
+    /// # Errors
+    /// [`EngineError::UnknownTopic`] or [`EngineError::UnknownPartition`].
+    pub fn view(&self, partition: PartitionKey) -> Result<Arc<ReadView>, EngineError> {
+        self.inner.views.get(partition).ok_or_else(|| {
+            let first = PartitionKey { topic: partition.topic, partition: 0 };
+            match self.inner.views.get(first) {
+                Some(_) => EngineError::UnknownPartition(partition),
+                None => EngineError::UnknownTopic(partition.topic.to_string()),
+            }
+        })
+    }
+
+    /// All partitions of a topic, ascending.
+    ///
+    /// # Errors
+    /// [`EngineError::UnknownTopic`].
+    pub fn views_of(&self, topic: TopicId) -> Result<Vec<Arc<ReadView>>, EngineError> {
+        let views: Vec<_> =
+            (0..).map_while(|partition| self.inner.views.get(PartitionKey { topic, partition })).collect();
+        if views.is_empty() {
+            return Err(EngineError::UnknownTopic(topic.to_string()));
+        }
+        Ok(views)
+    }
+
+    /// A topic by name.
+    ///
+    /// # Errors
+    /// [`EngineError::UnknownTopic`].
+    pub async fn topic(&self, name: &str) -> Result<TopicInfo, BrokerError> {
+        match self.call(Command::Metadata { names: vec![name.to_owned()] }).await? {
+            Reply::Metadata { mut topics, .. } => {
+                topics.pop().ok_or_else(|| EngineError::UnknownTopic(name.to_owned()).into())
+            }
+            _ => Err(BrokerError::Unexpected("Metadata")),
+        }
+    }
+
+    /// A group, and for each of its partitions the time of its oldest unsettled record (Unix ms; `None` when there is no
+    /// such record, or it cannot be read).
+    ///
+    /// # Errors
+    /// The engine's refusal.
+    pub async fn describe_group(
+        &self,
+        group: &str,
+    ) -> Result<(GroupDescription, Vec<Option<i64>>), BrokerError> {
+        let Reply::Group(description) = self.call(Command::DescribeGroup { group: group.to_owned() }).await?
+        else {
+            return Err(BrokerError::Unexpected("DescribeGroup"));
+        };
+        let mut oldest = Vec::with_capacity(description.partitions.len());
+        for info in &description.partitions {
+            oldest.push(match (info.partition, info.oldest_unsettled) {
+                (Some(partition), Some(offset)) => self.timestamp_of(partition, offset).await,
+                _ => None,
+            });
+        }
+        Ok((description, oldest))
+    }
+
+    /// Timestamp of the first record at or after `offset`, if it can be read.
+    async fn timestamp_of(&self, partition: PartitionKey, offset: u64) -> Option<i64> {
+        let view = self.inner.views.get(partition)?;
+        let offset = offset.max(view.log_start());
+        let batches = view.fetch(offset, 1).await.ok()?;
+        let scan = batch::scan(batches.first()?).ok()?;
+        scan.iter()
+            .filter_map(Result::ok)
+            .find(|record| record.offset >= offset)
+            .map(|record| record.timestamp)
+    }
+
+    /// Moves a group on a topic: every partition, or one. A time is resolved to an offset here.
+    ///
+    /// # Errors
+    /// The engine's refusal, or the log cannot be read.
+    pub async fn seek_group(
+        &self,
+        group: &str,
+        topic: &str,
+        partition: Option<u32>,
+        to: SeekTarget,
+    ) -> Result<(), BrokerError> {
+        let info = self.topic(topic).await?;
+        let partitions = match partition {
+            Some(partition) => partition..partition.saturating_add(1),
+            None => 0..info.partitions,
+        };
+        let mut positions = Vec::new();
+        for partition in partitions {
+            let to = match to {
+                SeekTarget::To(to) => to,
+                SeekTarget::Timestamp(timestamp) => {
+                    let view = self.view(PartitionKey { topic: info.id, partition })?;
+                    view.find_timestamp(timestamp).await?.map_or(SeekTo::End, SeekTo::Offset)
+                }
+            };
+            positions.push((partition, to));
+        }
+        let command = Command::SeekGroup { group: group.to_owned(), topic: topic.to_owned(), positions };
+        self.call(command).await.map(drop)
+    }
+
+    /// True from the moment that a stop was asked for: nothing new is to be begun.
+    pub fn is_stopping(&self) -> bool {
+        self.inner.stopping.load(Ordering::Acquire)
+    }
+
+    /// Returns when the broker begins to stop.
+    pub async fn stopping(&self) {
+        let notified = self.inner.stop.notified();
+        tokio::pin!(notified);
+        // Registered before the flag is read, so that no stop is missed.
+        notified.as_mut().enable();
+        if !self.is_stopping() {
+            notified.await;
+        }
+    }
+
+    pub(crate) fn begin_stop(&self) {
+        self.inner.stopping.store(true, Ordering::Release);
+        self.inner.stop.notify_waiters();
+    }
+}
+
+/// Where a group is moved to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SeekTarget {
+    To(SeekTo),
+    /// The first record at or after this time (Unix ms), or the end.
+    Timestamp(i64),
+}
+
+/// The records at `offsets` (ascending) of a partition, as batches that hold nothing else.
+///
+/// Answered without waiting when all are in memory. Dropping the future is safe.
+///
+/// # Errors
+/// One of them cannot be read; which, and why.
+pub async fn read_exactly(view: &Arc<ReadView>, offsets: &[u64]) -> Result<Vec<Bytes>, ExactReadError> {
+    /// Small, because leased records may lie far apart.
+    const READ_BYTES: usize = 256 << 10;
+    let mut found = Vec::new();
+    let mut rest = offsets;
+    while let Some(&first) = rest.first() {
+        let batches = view
+            .fetch(first, READ_BYTES)
+            .await
+            .map_err(|cause| ExactReadError::Read { offset: first, cause })?;
+        let before = rest.len();
+        for bytes in batches {
+            let corrupt = |cause| ExactReadError::Batch { offset: first, cause };
+            let header = batch::BatchHeader::parse(&bytes).map_err(corrupt)?;
+            let within = rest.partition_point(|offset| *offset <= header.last_offset());
+            if within > 0 {
+                let (wanted, later) = rest.split_at(within);
+                found.push(batch::filter(&bytes, wanted).map_err(corrupt)?);
+                rest = later;
+            }
+        }
+        if rest.len() == before {
+            return Err(ExactReadError::Missing { offset: first });
+        }
+    }
+    Ok(found)
+}
+
+/// Why [`read_exactly`] found less than it was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum ExactReadError {
+    #[error("offset {offset}: {cause}")]
+    Read { offset: u64, cause: ReadError },
+    #[error("offset {offset}: {cause}")]
+    Batch { offset: u64, cause: batch::BatchError },
+    #[error("offset {offset} is not there")]
+    Missing { offset: u64 },
+}
+
+impl ExactReadError {
+    /// The record that could not be read, or the first of those in its batch.
+    pub fn offset(&self) -> u64 {
+        match self {
+            Self::Read { offset, .. } | Self::Batch { offset, .. } | Self::Missing { offset } => *offset,
+        }
+    }
+}

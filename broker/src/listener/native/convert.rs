@@ -1,0 +1,426 @@
+//! Engine values to wire messages and back, and the one place where refusals become error codes.
+
+use bytes::{Bytes, BytesMut};
+use felucca_protocol::batch::BatchError;
+use felucca_protocol::frame::{self, Kind};
+use felucca_protocol::{Api, ErrorCode, message as wire};
+use prost::Message;
+
+use crate::broker::BrokerError;
+use crate::engine::command::{FailureDetail, LeaseRef, Outcome, Settlement};
+use crate::engine::effect::{
+    Appended, DeadLetterInfo, GroupDescription, GroupKind, GroupListing, RecordState, Reply, SettleResult,
+    SettleStatus, TopicInfo, TopicKind,
+};
+use crate::engine::error::EngineError;
+use crate::engine::types::{LeaseId, Level, PartitionKey, TopicId};
+use crate::log::ReadError;
+use crate::redrive::RedriveError;
+
+/// A request that cannot be carried out as it was sent.
+pub(super) fn invalid(message: impl Into<String>) -> wire::Error {
+    wire::Error::new(ErrorCode::InvalidRequest, message)
+}
+
+pub(super) fn engine_error(error: &EngineError) -> wire::Error {
+    let code = match error {
+        EngineError::UnknownTopic(_) => ErrorCode::UnknownTopic,
+        EngineError::UnknownPartition(_) => ErrorCode::UnknownPartition,
+        EngineError::TopicExists(_) => ErrorCode::TopicExists,
+        EngineError::InvalidName(_) => ErrorCode::InvalidName,
+        EngineError::InvalidConfig(_) => ErrorCode::InvalidConfig,
+        EngineError::InvalidRequest(_) => ErrorCode::InvalidRequest,
+        EngineError::ForeignProducer(_) => ErrorCode::ForeignProducer,
+        EngineError::WrittenNotAllowed(_) => ErrorCode::WrittenNotAllowed,
+        EngineError::OutOfOrderSequence { .. } => ErrorCode::OutOfOrderSequence,
+        EngineError::ProducerFenced { .. } => ErrorCode::ProducerFenced,
+        EngineError::UnknownProducer(_) => ErrorCode::UnknownProducer,
+        EngineError::UnknownGroup(_) => ErrorCode::UnknownGroup,
+        EngineError::GroupExists(_) => ErrorCode::GroupExists,
+        EngineError::WrongGroupKind { .. } => ErrorCode::WrongGroupKind,
+        EngineError::UnknownMember(_) => ErrorCode::UnknownMember,
+        EngineError::StaleGeneration { .. } => ErrorCode::StaleGeneration,
+        EngineError::NotAssigned(_) => ErrorCode::NotAssigned,
+        EngineError::OffsetOutOfRange { .. } => ErrorCode::OffsetOutOfRange,
+        EngineError::GroupNotEmpty(_) => ErrorCode::GroupNotEmpty,
+        EngineError::LimitReached { .. } => ErrorCode::LimitReached,
+        EngineError::ReadOnly(_) => ErrorCode::ReadOnly,
+        EngineError::Stopping => ErrorCode::Stopping,
+        EngineError::GroupCorrupt { .. } => ErrorCode::GroupCorrupt,
+    };
+    wire::Error::new(code, error.to_string())
+}
+
+pub(super) fn read_error(error: &ReadError) -> wire::Error {
+    let code = match error {
+        ReadError::BelowStart { .. } | ReadError::AboveEnd { .. } => ErrorCode::OffsetOutOfRange,
+        ReadError::Removed => ErrorCode::UnknownTopic,
+        ReadError::Corrupt { .. } => ErrorCode::CorruptLog,
+        ReadError::Io { .. } => ErrorCode::Internal,
+    };
+    wire::Error::new(code, error.to_string())
+}
+
+pub(super) fn batch_error(error: &BatchError) -> wire::Error {
+    let code = match error {
+        BatchError::TooLarge { .. } => ErrorCode::BatchTooLarge,
+        BatchError::RecordTooLarge { .. } | BatchError::TooManyHeaders { .. } => ErrorCode::RecordTooLarge,
+        _ => ErrorCode::CorruptBatch,
+    };
+    wire::Error::new(code, error.to_string())
+}
+
+pub(super) fn broker_error(error: &BrokerError) -> wire::Error {
+    match error {
+        BrokerError::Engine(error) => engine_error(error),
+        BrokerError::Read(error) => read_error(error),
+        BrokerError::Timeout(_) => wire::Error::new(ErrorCode::Timeout, error.to_string()),
+        BrokerError::Unexpected(_) => wire::Error::new(ErrorCode::Internal, error.to_string()),
+    }
+}
+
+pub(super) fn redrive_error(error: &RedriveError) -> wire::Error {
+    match error {
+        RedriveError::Broker(error) => broker_error(error),
+        RedriveError::NoDeadLetters { .. } => wire::Error::new(ErrorCode::UnknownTopic, error.to_string()),
+        RedriveError::Stalled { .. } => wire::Error::new(ErrorCode::Timeout, error.to_string()),
+    }
+}
+
+// ---- Requests ------------------------------------------------------------------------------------------------------
+
+pub(super) fn topic_id(bytes: &Bytes) -> Result<TopicId, wire::Error> {
+    TopicId::from_slice(bytes).ok_or_else(|| invalid(format!("a topic id has 16 bytes, not {}", bytes.len())))
+}
+
+pub(super) fn partition_key(topic: &Bytes, partition: u32) -> Result<PartitionKey, wire::Error> {
+    Ok(PartitionKey { topic: topic_id(topic)?, partition })
+}
+
+pub(super) fn partition_keys(list: &[wire::TopicPartition]) -> Result<Vec<PartitionKey>, wire::Error> {
+    list.iter().map(|item| partition_key(&item.topic_id, item.partition)).collect()
+}
+
+pub(super) fn config(entries: Vec<wire::ConfigEntry>) -> Vec<(String, String)> {
+    entries.into_iter().map(|entry| (entry.key, entry.value)).collect()
+}
+
+pub(super) fn level(number: i32) -> Result<Level, wire::Error> {
+    match wire::Level::try_from(number) {
+        Ok(wire::Level::Synced) => Ok(Level::Synced),
+        Ok(wire::Level::Written) => Ok(Level::Written),
+        Err(_) => Err(invalid(format!("unknown level {number}"))),
+    }
+}
+
+pub(super) fn lease_ref(lease: &wire::LeaseRef) -> Result<LeaseRef, wire::Error> {
+    Ok(LeaseRef {
+        partition: partition_key(&lease.topic_id, lease.partition)?,
+        offset: lease.offset,
+        lease: LeaseId { boot_epoch: lease.boot_epoch, sequence: lease.sequence },
+    })
+}
+
+pub(super) fn settlements(batches: Vec<wire::SettleBatch>) -> Result<Vec<Settlement>, wire::Error> {
+    let mut settlements = Vec::with_capacity(batches.iter().map(|batch| batch.settlements.len()).sum());
+    for batch in batches {
+        let partition = partition_key(&batch.topic_id, batch.partition)?;
+        for settlement in batch.settlements {
+            let lease = LeaseId { boot_epoch: batch.boot_epoch, sequence: settlement.sequence };
+            let record = LeaseRef { partition, offset: settlement.offset, lease };
+            settlements.push(Settlement { record, outcome: outcome(settlement.outcome, settlement.detail)? });
+        }
+    }
+    Ok(settlements)
+}
+
+fn outcome(number: i32, detail: Option<wire::SettlementDetail>) -> Result<Outcome, wire::Error> {
+    let Ok(kind) = wire::Outcome::try_from(number) else {
+        return Err(invalid(format!("unknown outcome {number}")));
+    };
+    let detail = detail.unwrap_or_default();
+    let (delay_ms, counted) = (detail.delay_ms, !detail.not_counted);
+    let failure = FailureDetail { class: detail.class, reason: detail.reason, detail: detail.detail };
+    Ok(match kind {
+        wire::Outcome::Ack => Outcome::Ack,
+        wire::Outcome::Nack => Outcome::Nack { delay_ms, counted, detail: failure },
+        wire::Outcome::Reject => Outcome::Reject { detail: failure },
+        wire::Outcome::Release => Outcome::Release,
+        wire::Outcome::Extend => Outcome::Extend { remaining_ms: delay_ms.filter(|delay| *delay > 0) },
+    })
+}
+
+// ---- Replies -------------------------------------------------------------------------------------------------------
+
+/// Appends the frame that answers a request.
+pub(super) fn encode_reply(buffer: &mut BytesMut, api: u8, correlation: u64, reply: Reply) {
+    let mut put = Put { buffer, api, correlation };
+    match reply {
+        Reply::Done => put.message(&wire::Empty {}),
+        Reply::Topic(info) => put.message(&wire::TopicReply { topic: Some(topic(info)) }),
+        Reply::Metadata { topics, unknown } => put.message(&wire::MetadataReply {
+            topics: topics.into_iter().map(topic).collect(),
+            errors: unknown.into_iter().map(unknown_topic).collect(),
+        }),
+        Reply::Producer { producer_id, epoch } => {
+            put.message(&wire::InitProducerReply { producer_id, producer_epoch: u32::from(epoch) });
+        }
+        Reply::Appended(results) => {
+            put.message(&wire::ProduceReply { results: results.into_iter().map(appended).collect() });
+        }
+        Reply::Heartbeat { generation, assigned, interval_ms } => put.message(&wire::GroupHeartbeatReply {
+            generation,
+            assigned: assigned.into_iter().map(topic_partition).collect(),
+            interval_ms,
+        }),
+        Reply::OffsetsCommitted(results) => put.message(&wire::CommitOffsetsReply {
+            results: results
+                .into_iter()
+                .map(|result| wire::CommitResult { error: result.err().as_ref().map(engine_error) })
+                .collect(),
+        }),
+        Reply::Offsets(offsets) => put.message(&wire::FetchOffsetsReply {
+            offsets: offsets
+                .into_iter()
+                .map(|commit| wire::CommittedOffset {
+                    topic_id: id_bytes(commit.partition.topic),
+                    partition: commit.partition.partition,
+                    offset: commit.offset,
+                    metadata: commit.metadata,
+                })
+                .collect(),
+        }),
+        Reply::Groups(groups) => {
+            put.message(&wire::ListGroupsReply { groups: groups.into_iter().map(group_listing).collect() });
+        }
+        // The oldest ages and log starts are added where the log can be read: see `dispatch`.
+        Reply::Group(description) => {
+            put.message(&group_description(description, |_| wire::GroupPartition::default()));
+        }
+        Reply::DeadLetters(infos) => {
+            put.message(&wire::ListDeadLettersReply {
+                topics: infos.into_iter().map(dead_letter_topic).collect(),
+            });
+        }
+        Reply::Settled(results) => {
+            put.message(&wire::SettleReply { results: results.into_iter().map(settle_result).collect() });
+        }
+        Reply::Completed { result, base_offsets } => {
+            put.message(&wire::CompleteReply { result: Some(settle_result(result)), base_offsets });
+        }
+        Reply::Error(error) => put.error(&engine_error(&error)),
+    }
+}
+
+struct Put<'a> {
+    buffer: &'a mut BytesMut,
+    api: u8,
+    correlation: u64,
+}
+
+impl Put<'_> {
+    fn message(&mut self, message: &impl Message) {
+        frame::encode(self.buffer, Kind::Reply, self.api, self.correlation, message, 0);
+    }
+
+    fn error(&mut self, error: &wire::Error) {
+        frame::encode(self.buffer, Kind::Error, self.api, self.correlation, error, 0);
+    }
+}
+
+fn id_bytes(id: TopicId) -> Bytes {
+    Bytes::copy_from_slice(&id.0)
+}
+
+fn topic_partition(key: PartitionKey) -> wire::TopicPartition {
+    wire::TopicPartition { topic_id: id_bytes(key.topic), partition: key.partition }
+}
+
+fn config_entries(config: Vec<(String, String)>) -> Vec<wire::ConfigEntry> {
+    config.into_iter().map(|(key, value)| wire::ConfigEntry { key, value }).collect()
+}
+
+fn topic(info: TopicInfo) -> wire::Topic {
+    let kind = match info.kind {
+        TopicKind::Standard => wire::TopicKind::Standard,
+        TopicKind::DeadLetter { .. } => wire::TopicKind::DeadLetter,
+        TopicKind::Redrive { .. } => wire::TopicKind::Redrive,
+    };
+    wire::Topic {
+        name: info.name,
+        id: id_bytes(info.id),
+        partitions: info.partitions,
+        kind: kind.into(),
+        config: config_entries(info.config),
+    }
+}
+
+fn unknown_topic(name: String) -> wire::NamedError {
+    let error = engine_error(&EngineError::UnknownTopic(name.clone()));
+    wire::NamedError { name, error: Some(error) }
+}
+
+fn appended(result: Result<Appended, EngineError>) -> wire::ProduceResult {
+    match result {
+        Ok(Appended { base_offset, duplicate }) => {
+            wire::ProduceResult { base_offset, error: None, duplicate }
+        }
+        Err(error) => {
+            wire::ProduceResult { base_offset: 0, error: Some(engine_error(&error)), duplicate: false }
+        }
+    }
+}
+
+fn group_kind(kind: GroupKind) -> i32 {
+    match kind {
+        GroupKind::Consumer => wire::GroupKind::Consumer,
+        GroupKind::Share => wire::GroupKind::Share,
+    }
+    .into()
+}
+
+fn group_listing(listing: GroupListing) -> wire::GroupListing {
+    wire::GroupListing {
+        group: listing.group,
+        kind: group_kind(listing.kind),
+        members: listing.members,
+        topics: listing.topics,
+    }
+}
+
+/// `read` gives the fields of each partition (by its index) that come from the log.
+pub(super) fn group_description(
+    description: GroupDescription,
+    read: impl Fn(usize) -> wire::GroupPartition,
+) -> wire::DescribeGroupReply {
+    let members = description.members.into_iter().map(|member| wire::GroupMember {
+        member_id: member.member,
+        assigned: member.assigned.into_iter().map(topic_partition).collect(),
+        leased: member.leased,
+    });
+    let partitions =
+        description.partitions.into_iter().enumerate().map(|(index, info)| wire::GroupPartition {
+            topic: info.topic,
+            topic_id: info.partition.map_or_else(Bytes::new, |key| id_bytes(key.topic)),
+            partition: info.partition.map_or(0, |key| key.partition),
+            high_watermark: info.high_watermark,
+            position: info.position,
+            lag: info.lag,
+            leased: info.leased,
+            scheduled: info.scheduled,
+            held: info.held,
+            parked: info.parked,
+            acked: info.acked,
+            dead_lettered: info.dead_lettered,
+            discarded: info.discarded,
+            skipped: info.skipped,
+            deliveries: info.deliveries,
+            failures: info.failures,
+            ..read(index)
+        });
+    wire::DescribeGroupReply {
+        group: description.group,
+        kind: group_kind(description.kind),
+        paused: description.paused,
+        config: config_entries(description.config),
+        members: members.collect(),
+        partitions: partitions.collect(),
+    }
+}
+
+fn dead_letter_topic(info: DeadLetterInfo) -> wire::DeadLetterTopic {
+    wire::DeadLetterTopic {
+        group: info.group,
+        source_topic: info.source,
+        topic: info.topic.name,
+        topic_id: id_bytes(info.topic.id),
+        partitions: info.topic.partitions,
+        pending: info.pending,
+        redriven: info.redriven,
+        purged: info.purged,
+    }
+}
+
+fn settle_result(result: SettleResult) -> wire::SettleResult {
+    let status = match result.status {
+        SettleStatus::Ok => wire::SettleStatus::Ok,
+        SettleStatus::Duplicate => wire::SettleStatus::Duplicate,
+        SettleStatus::Late => wire::SettleStatus::Late,
+        SettleStatus::Conflict => wire::SettleStatus::Conflict,
+        SettleStatus::Stale => wire::SettleStatus::Stale,
+        SettleStatus::Gone => wire::SettleStatus::Gone,
+        SettleStatus::AlreadySettled => wire::SettleStatus::AlreadySettled,
+        SettleStatus::NotOwner => wire::SettleStatus::NotOwner,
+        SettleStatus::Fenced => wire::SettleStatus::Fenced,
+    };
+    let state = match result.state {
+        None => wire::RecordState::Unspecified,
+        Some(RecordState::Available) => wire::RecordState::Available,
+        Some(RecordState::Leased) => wire::RecordState::Leased,
+        Some(RecordState::Acked) => wire::RecordState::Acked,
+        Some(RecordState::Scheduled) => wire::RecordState::Scheduled,
+        Some(RecordState::DeadLettered) => wire::RecordState::DeadLettered,
+        Some(RecordState::Held) => wire::RecordState::Held,
+        Some(RecordState::Skipped) => wire::RecordState::Skipped,
+        Some(RecordState::Expired) => wire::RecordState::Expired,
+        Some(RecordState::Discarded) => wire::RecordState::Discarded,
+    };
+    wire::SettleResult { status: status.into(), state: state.into(), remaining_ms: result.remaining_ms }
+}
+
+/// A frame with an error, ready to be sent.
+pub(super) fn error_frame(api: u8, correlation: u64, error: &wire::Error) -> BytesMut {
+    let mut buffer = BytesMut::new();
+    frame::encode(&mut buffer, Kind::Error, api, correlation, error, 0);
+    buffer
+}
+
+/// A frame with a reply, ready to be sent; `payload_len` bytes of batches are to follow it.
+pub(super) fn reply_frame(api: Api, correlation: u64, reply: &impl Message, payload_len: usize) -> BytesMut {
+    let mut buffer = BytesMut::new();
+    frame::encode(&mut buffer, Kind::Reply, api, correlation, reply, payload_len);
+    buffer
+}
+
+/// A frame that was not asked for, ready to be sent; `payload_len` bytes of batches are to follow it.
+pub(super) fn push_frame(api: Api, subscription: u64, push: &impl Message, payload_len: usize) -> BytesMut {
+    let mut buffer = BytesMut::new();
+    frame::encode(&mut buffer, Kind::Push, api, subscription, push, payload_len);
+    buffer
+}
+
+/// Word that a subscription was ended by the broker.
+pub(super) fn ended_frame(
+    subscription: u64,
+    error: wire::Error,
+    partition: Option<PartitionKey>,
+) -> BytesMut {
+    let push = wire::SubscriptionEnded {
+        subscription,
+        error: Some(error),
+        topic_id: partition.map_or_else(Bytes::new, |key| id_bytes(key.topic)),
+        partition: partition.map_or(0, |key| key.partition),
+    };
+    push_frame(Api::SubscriptionEnded, subscription, &push, 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_extension_of_zero_means_the_groups_lease() {
+        let detail = |delay| Some(wire::SettlementDetail { delay_ms: delay, ..Default::default() });
+        let extend = wire::Outcome::Extend.into();
+        assert_eq!(outcome(extend, detail(Some(0))), Ok(Outcome::Extend { remaining_ms: None }));
+        assert_eq!(outcome(extend, detail(Some(5))), Ok(Outcome::Extend { remaining_ms: Some(5) }));
+        assert_eq!(outcome(extend, None), Ok(Outcome::Extend { remaining_ms: None }));
+    }
+
+    #[test]
+    fn numbers_from_the_future_are_refused() {
+        assert!(outcome(99, None).is_err());
+        assert!(level(7).is_err());
+        assert!(topic_id(&Bytes::from_static(b"short")).is_err());
+    }
+}

@@ -1,0 +1,387 @@
+//! Redrive and purge: background jobs that consume a dead-letter topic through its hidden share group.
+//!
+//! A job is an ordinary member of that group. Each letter is settled and, in a redrive, its record appended to the target in
+//! one journal frame (`complete`), so that a crash neither loses nor doubles a record: what was not moved is still a
+//! pending letter afterwards, and the job can be asked for again.
+//!
+//! A job is about the letters that were there when it began. Later ones, and those refused for having been redriven too
+//! often, are put back for a moment and stay pending.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use felucca_protocol::batch::{self, BatchHeader, Record};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use crate::broker::{Broker, BrokerError, read_exactly};
+use crate::engine::command::{
+    AppendEntry, Command, FailureDetail, LeaseRef, Outcome, Settlement, StagedBatch,
+};
+use crate::engine::dead_letter;
+use crate::engine::effect::{DeadLetterInfo, Delivery, Reply, SettleStatus};
+use crate::engine::error::EngineError;
+use crate::engine::types::{LeaseId, Level, PartitionKey, SubscriptionId};
+use crate::shard::{Answer, Origin, Responder, Sink, Submission, Token, wall_ms};
+
+/// A record that was redriven so often is left where it is: it would go round for ever.
+const MAX_REDRIVES: u32 = 3;
+/// Letters that a job holds at a time: bounds its memory, with the size of the largest letter.
+const CREDIT_RECORDS: u32 = 64;
+/// How long a letter that is none of the job's business is put back.
+const PUT_BACK: Duration = Duration::from_secs(10);
+/// How often a job without news looks whether it is done.
+const LOOK: Duration = Duration::from_millis(200);
+/// Longest that a job goes on without any letter moving.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Where redriven records go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RedriveTarget {
+    /// A topic that only the group that failed on them reads.
+    Group,
+    /// The topic that they came from, for all its readers.
+    Source,
+}
+
+/// What a redrive did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Redriven {
+    pub moved: u64,
+    /// Left where they are, because they were redriven too often.
+    pub refused: u64,
+}
+
+/// Why a job ended early. What it had done until then stands.
+#[derive(Debug, thiserror::Error)]
+pub enum RedriveError {
+    #[error(transparent)]
+    Broker(#[from] BrokerError),
+    #[error("share group {group:?} has no dead letters of topic {source_topic:?}")]
+    NoDeadLetters { group: String, source_topic: String },
+    #[error("no letter moved for {after:?}; {settled} were settled before")]
+    Stalled { after: Duration, settled: u64 },
+}
+
+impl From<EngineError> for RedriveError {
+    fn from(error: EngineError) -> Self {
+        Self::Broker(error.into())
+    }
+}
+
+/// Moves every dead letter of (group, source topic) that is there now to the target. Dropping the future ends the job.
+///
+/// # Errors
+/// See [`RedriveError`].
+pub async fn redrive(
+    broker: &Broker,
+    group: &str,
+    source: &str,
+    target: RedriveTarget,
+) -> Result<Redriven, RedriveError> {
+    let letters = find(broker, group, source).await?;
+    let name = match target {
+        // The private topic and the hidden group share their name.
+        RedriveTarget::Group => &letters.redrive_group,
+        RedriveTarget::Source => source,
+    };
+    let target = broker.topic(name).await?;
+    let job = Job::begin(broker, &letters).await?;
+    let done = job.run(&Work::Redrive { target: target.id }).await?;
+    tracing::info!(group, source, target = target.name, done.moved, done.refused, "redriven");
+    Ok(done)
+}
+
+/// Discards every dead letter of (group, source topic) that is there now; returns how many. Dropping the future ends the job.
+///
+/// # Errors
+/// See [`RedriveError`].
+pub async fn purge(broker: &Broker, group: &str, source: &str) -> Result<u64, RedriveError> {
+    let letters = find(broker, group, source).await?;
+    // What the hidden group gives up is held, except while a purge is on.
+    let on_exhausted = |value: &str| Command::AlterShareGroup {
+        group: letters.redrive_group.clone(),
+        config: vec![("on-exhausted".to_owned(), value.to_owned())],
+    };
+    broker.call(on_exhausted("discard")).await?;
+    let purged = match Job::begin(broker, &letters).await {
+        Ok(job) => job.run(&Work::Purge).await,
+        Err(error) => Err(error),
+    };
+    broker.call(on_exhausted("hold")).await?;
+    let purged = purged?.moved;
+    tracing::info!(group, source, purged, "dead letters purged");
+    Ok(purged)
+}
+
+async fn find(broker: &Broker, group: &str, source: &str) -> Result<DeadLetterInfo, RedriveError> {
+    match broker.call(Command::ListDeadLetters { group: Some(group.to_owned()) }).await? {
+        Reply::DeadLetters(all) => all.into_iter().find(|info| info.source == source).ok_or_else(|| {
+            RedriveError::NoDeadLetters { group: group.to_owned(), source_topic: source.to_owned() }
+        }),
+        _ => Err(BrokerError::Unexpected("ListDeadLetters").into()),
+    }
+}
+
+#[derive(Debug)]
+enum Work {
+    Redrive { target: crate::engine::types::TopicId },
+    Purge,
+}
+
+/// What comes back to a job.
+#[derive(Debug)]
+enum Mail {
+    /// To the request with this correlation.
+    Answer(u64, Reply),
+    Delivery(Delivery),
+    Ended(EngineError),
+}
+
+/// Bounded by the job's credit: every mail belongs to a letter that it holds.
+#[derive(Debug)]
+struct Mailbox(mpsc::UnboundedSender<Mail>);
+
+impl Sink for Mailbox {
+    fn answer(&self, answer: Answer) -> bool {
+        // The job may have ended; its leases run out then.
+        let _ = self.0.send(Mail::Answer(answer.token.correlation, answer.reply));
+        false
+    }
+
+    fn deliver(&self, delivery: Delivery) -> bool {
+        let _ = self.0.send(Mail::Delivery(delivery));
+        false
+    }
+
+    fn ended(&self, _: SubscriptionId, error: EngineError) -> bool {
+        let _ = self.0.send(Mail::Ended(error));
+        false
+    }
+
+    fn wake(&self) {}
+}
+
+/// Correlation of the subscribing request, and of those that put letters back.
+const SUBSCRIBED: u64 = 0;
+const PUT: u64 = 1;
+/// Correlation of those that settle a letter for good.
+const SETTLED: u64 = 2;
+
+/// A member of the hidden group.
+#[derive(Debug)]
+struct Job<'a> {
+    broker: &'a Broker,
+    group: String,
+    member: String,
+    subscription: SubscriptionId,
+    origin: Arc<Origin>,
+    mail: mpsc::UnboundedReceiver<Mail>,
+    /// First offset of each partition that is none of this job's business.
+    ends: Vec<u64>,
+    /// Letters put back: refused, and too new.
+    refused: HashSet<(PartitionKey, u64)>,
+    later: HashSet<(PartitionKey, u64)>,
+    settled: u64,
+}
+
+impl Drop for Job<'_> {
+    fn drop(&mut self) {
+        let subscription = self.subscription;
+        self.broker.submit([Submission::silent(Command::ShareUnsubscribe { subscription })]);
+    }
+}
+
+impl<'a> Job<'a> {
+    async fn begin(broker: &'a Broker, letters: &DeadLetterInfo) -> Result<Self, RedriveError> {
+        let views = broker.views_of(letters.topic.id)?;
+        let (sender, mail) = mpsc::unbounded_channel();
+        let job = Self {
+            broker,
+            group: letters.redrive_group.clone(),
+            member: format!("job-{}", Uuid::new_v4()),
+            subscription: broker.new_subscription(),
+            origin: Origin::new(Arc::new(Mailbox(sender)), None),
+            mail,
+            ends: views.iter().map(|view| view.high_watermark()).collect(),
+            refused: HashSet::new(),
+            later: HashSet::new(),
+            settled: 0,
+        };
+        let subscribe = Command::ShareSubscribe {
+            subscription: job.subscription,
+            group: job.group.clone(),
+            member: job.member.clone(),
+            credit_records: CREDIT_RECORDS,
+            credit_bytes: u32::MAX,
+            held: Vec::new(),
+        };
+        job.submit(subscribe, SUBSCRIBED);
+        Ok(job)
+    }
+
+    fn submit(&self, command: Command, correlation: u64) {
+        let responder = Responder::new(&self.origin, Token { correlation, tag: 0 });
+        self.broker.submit([Submission::new(command, responder)]);
+    }
+
+    async fn run(mut self, work: &Work) -> Result<Redriven, RedriveError> {
+        let mut moved_last = Instant::now();
+        let mut seen = Instant::now();
+        loop {
+            let before = (self.settled, self.refused.len());
+            match timeout(LOOK, self.mail.recv()).await {
+                Ok(Some(Mail::Delivery(delivery))) => self.take(work, &delivery).await?,
+                Ok(Some(Mail::Answer(SETTLED, reply))) => self.count(reply)?,
+                Ok(Some(Mail::Answer(_, Reply::Error(error)) | Mail::Ended(error))) => {
+                    return Err(error.into());
+                }
+                Ok(Some(Mail::Answer(PUT, Reply::Settled(results)))) => self.add_credit(results.len()),
+                Ok(Some(Mail::Answer(..))) => {}
+                // The mailbox cannot close, for this job holds it.
+                Ok(None) | Err(_) => {
+                    if self.is_done().await? {
+                        let refused = self.refused.len() as u64;
+                        return Ok(Redriven { moved: self.settled, refused });
+                    }
+                }
+            }
+            if (self.settled, self.refused.len()) != before {
+                moved_last = Instant::now();
+            }
+            if moved_last.elapsed() > PATIENCE {
+                return Err(RedriveError::Stalled { after: PATIENCE, settled: self.settled });
+            }
+            if seen.elapsed() > Duration::from_secs(1) {
+                seen = Instant::now();
+                let members = vec![(self.group.clone(), self.member.clone())];
+                self.broker.submit([Submission::silent(Command::MembersSeen { members })]);
+            }
+        }
+    }
+
+    /// True when nothing is left but what was put back, or can never be read.
+    async fn is_done(&self) -> Result<bool, RedriveError> {
+        let (description, _) = self.broker.describe_group(&self.group).await?;
+        let waiting: u64 =
+            description.partitions.iter().map(|partition| partition.lag.saturating_sub(partition.held)).sum();
+        Ok(waiting <= (self.refused.len() + self.later.len()) as u64)
+    }
+
+    /// Settles what was delivered, or puts it back.
+    async fn take(&mut self, work: &Work, delivery: &Delivery) -> Result<(), RedriveError> {
+        let key = delivery.partition;
+        let records = match work {
+            Work::Purge => Vec::new(),
+            Work::Redrive { .. } => self.read(delivery).await?,
+        };
+        let end = self.ends.get(key.partition as usize).copied().unwrap_or(0);
+        let mut settlements = Vec::new();
+        for (index, record) in delivery.records.iter().enumerate() {
+            let lease = LeaseId {
+                boot_epoch: delivery.first_lease.boot_epoch,
+                sequence: delivery.first_lease.sequence + index as u64,
+            };
+            let lease = LeaseRef { partition: key, offset: record.offset, lease };
+            if record.offset >= end {
+                self.later.insert((key, record.offset));
+                settlements.push(put_back(lease));
+                continue;
+            }
+            match (work, records.get(index)) {
+                (Work::Redrive { .. }, Some(letter))
+                    if dead_letter::redrive_count(letter) >= MAX_REDRIVES =>
+                {
+                    self.refused.insert((key, record.offset));
+                    settlements.push(put_back(lease));
+                }
+                (Work::Redrive { target }, Some(letter)) => {
+                    let target = PartitionKey { topic: *target, partition: key.partition };
+                    self.complete(lease, target, letter);
+                }
+                (Work::Redrive { .. }, None) => settlements.push(put_back(lease)),
+                (Work::Purge, _) => {
+                    let outcome = Outcome::Reject { detail: FailureDetail::default() };
+                    self.settle(vec![Settlement { record: lease, outcome }], SETTLED);
+                }
+            }
+        }
+        if !settlements.is_empty() {
+            self.settle(settlements, PUT);
+        }
+        Ok(())
+    }
+
+    /// Makes room for as many letters as were let go.
+    fn add_credit(&self, records: usize) {
+        let records = u32::try_from(records).unwrap_or(u32::MAX);
+        // More than they can have taken: the bound is on the records.
+        let bytes = self.broker.limits().batch.max_batch_bytes.saturating_mul(records);
+        let credit = Command::ShareCredit { subscription: self.subscription, records, bytes };
+        self.broker.submit([Submission::silent(credit)]);
+    }
+
+    async fn read(&self, delivery: &Delivery) -> Result<Vec<Record>, RedriveError> {
+        let view = self.broker.view(delivery.partition)?;
+        let offsets: Vec<u64> = delivery.records.iter().map(|record| record.offset).collect();
+        match read_exactly(&view, &offsets).await {
+            Ok(batches) => {
+                let records = batches.iter().filter_map(|batch| batch::records(batch).ok()).flatten();
+                Ok(records.filter_map(Result::ok).collect())
+            }
+            Err(error) => {
+                tracing::error!(topic = %view.topic(), partition = %delivery.partition, %error, "cannot read dead letters");
+                Ok(Vec::new())
+            }
+        }
+    }
+
+    fn complete(&self, record: LeaseRef, partition: PartitionKey, letter: &Record) {
+        let batch = dead_letter::redriven(letter, wall_ms())
+            .and_then(|bytes| BatchHeader::parse(&bytes).map(|header| StagedBatch { header, bytes }));
+        match batch {
+            Ok(batch) => {
+                let command = Command::Complete {
+                    group: self.group.clone(),
+                    member: self.member.clone(),
+                    record,
+                    outputs: vec![AppendEntry { partition, batch }],
+                };
+                self.submit(command, SETTLED);
+            }
+            Err(error) => {
+                tracing::error!(partition = %record.partition, offset = record.offset, %error, "cannot redrive a letter");
+                self.settle(vec![put_back(record)], PUT);
+            }
+        }
+    }
+
+    fn settle(&self, settlements: Vec<Settlement>, correlation: u64) {
+        let (group, member) = (self.group.clone(), self.member.clone());
+        self.submit(Command::Settle { group, member, level: Level::Synced, settlements }, correlation);
+    }
+
+    /// Counts a letter that was settled for good.
+    fn count(&mut self, reply: Reply) -> Result<(), RedriveError> {
+        let result = match reply {
+            Reply::Completed { result, .. } => Some(result),
+            Reply::Settled(results) => results.first().copied(),
+            Reply::Error(error) => return Err(error.into()),
+            _ => None,
+        };
+        if result.is_some_and(|result| matches!(result.status, SettleStatus::Ok | SettleStatus::Late)) {
+            self.settled += 1;
+        }
+        self.add_credit(1);
+        Ok(())
+    }
+}
+
+/// Leaves a letter where it is, out of this job's way, without a penalty.
+fn put_back(record: LeaseRef) -> Settlement {
+    let delay_ms = u64::try_from(PUT_BACK.as_millis()).ok();
+    let outcome = Outcome::Nack { delay_ms, counted: false, detail: FailureDetail::default() };
+    Settlement { record, outcome }
+}

@@ -1,0 +1,296 @@
+//! A whole broker in one value: locked data directory, recovered shard, open listener; and its orderly end.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, Write};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use felucca_protocol::batch::BatchLimits;
+use rustix::fs::{FlockOperation, flock};
+use tokio::runtime::Handle;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use crate::broker::{Broker, BrokerLimits};
+use crate::disk::{Disk, RealDisk};
+use crate::engine::config::EngineSettings;
+use crate::journal::JournalOptions;
+use crate::listener::native::{NativeListener, NativeSettings};
+use crate::log::LogOptions;
+use crate::settings::ServerSettings;
+use crate::shard::{self, CheckpointOptions, Gate, Running, ShardOptions, StartError, StorageOptions};
+
+/// Locked by the process that uses the directory; holds its process id, for messages only.
+const LOCK_FILE: &str = "LOCK";
+/// Holds the version of the directory's layout.
+const FORMAT_FILE: &str = "FORMAT";
+/// What this build writes, and the newest that it reads.
+const FORMAT: u32 = 1;
+/// Room in a journal frame for one more request than a turn's bytes, and for what the engine adds.
+const FRAME_SLACK: u64 = 16 << 20;
+/// Longest that a request waits for admission.
+const ADMISSION_PATIENCE: Duration = Duration::from_secs(30);
+/// A connection of which nothing is heard for so long is closed; clients speak every few seconds.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
+/// A client that takes nothing for so long is disconnected.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Records queued for one connection.
+const OUTBOX_BYTES: usize = 8 << 20;
+
+/// Why a server did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    #[error("{} is in use by {}", dir.display(), owner(*pid))]
+    Locked { dir: PathBuf, pid: Option<u32> },
+    #[error(
+        "{} was written by a newer version (format {found}, this build reads up to {FORMAT})",
+        dir.display()
+    )]
+    NewerFormat { dir: PathBuf, found: u32 },
+    #[error("{} holds {found:?}, which is not a format version", file.display())]
+    NotAFormat { file: PathBuf, found: String },
+    #[error("cannot use {}: {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error("cannot listen on {address}: {source}")]
+    Listen { address: SocketAddr, source: io::Error },
+    #[error("the recovery ended unexpectedly")]
+    Panicked,
+}
+
+fn owner(pid: Option<u32>) -> String {
+    pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"))
+}
+
+/// A running broker. To be ended by [`Self::shutdown`]; one that is dropped ends in the background, without waiting for its
+/// connections.
+#[derive(Debug)]
+pub struct Server {
+    address: SocketAddr,
+    broker: Broker,
+    running: Option<Running>,
+    ended: CancellationToken,
+    listener: JoinHandle<()>,
+    patience: Duration,
+    lock: Option<DirLock>,
+}
+
+impl Server {
+    /// Locks the data directory, recovers what it holds, and serves.
+    ///
+    /// # Errors
+    /// See [`ServerError`]. Nothing is served then.
+    pub async fn start(settings: ServerSettings) -> Result<Self, ServerError> {
+        let dir = settings.data_dir.clone();
+        let options = storage_options(&settings);
+        let runtime = Handle::current();
+        let opening = spawn_blocking(move || {
+            let disk: Arc<dyn Disk> = Arc::new(RealDisk);
+            disk.create_dir(&dir).map_err(|source| ServerError::Io { path: dir.clone(), source })?;
+            let lock = DirLock::take(&dir)?;
+            check_format(&*disk, &dir)?;
+            let running = shard::start(&disk, &dir, options, runtime)?;
+            Ok::<_, ServerError>((lock, running))
+        });
+        let (lock, running) = opening.await.map_err(|_| ServerError::Panicked)??;
+
+        let gate = Gate::new(settings.in_flight_bytes.as_u32(), ADMISSION_PATIENCE);
+        let limits = BrokerLimits {
+            batch: BatchLimits {
+                max_batch_bytes: settings.max_batch_bytes.as_u32(),
+                max_record_bytes: settings.max_record_bytes.as_u32(),
+                max_headers: settings.max_headers,
+            },
+            session_timeout: settings.session_timeout,
+        };
+        let broker =
+            Broker::new(running.inbox.clone(), running.views.clone(), gate, limits, running.boot_epoch);
+        let bound = async {
+            let listener = NativeListener::bind(settings.listen, native_settings(&settings)).await?;
+            let address = listener.local_addr()?;
+            Ok((listener, address))
+        };
+        let (listener, address) = match bound.await {
+            Ok(bound) => bound,
+            Err(source) => {
+                stop(running).await;
+                return Err(ServerError::Listen { address: settings.listen, source });
+            }
+        };
+        tracing::info!(%address, boot_epoch = running.boot_epoch, "listening");
+        Ok(Self {
+            address,
+            listener: tokio::spawn(listener.run(broker.clone())),
+            broker,
+            ended: running.ended.clone(),
+            running: Some(running),
+            patience: settings.shutdown_timeout,
+            lock: Some(lock),
+        })
+    }
+
+    /// Where clients connect.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The front door, for use within the process.
+    pub fn broker(&self) -> &Broker {
+        &self.broker
+    }
+
+    /// Returns when the broker has ended by itself, which is a fault: it should be restarted.
+    pub async fn failed(&self) {
+        self.ended.cancelled().await;
+    }
+
+    /// Takes no more connections and requests, answers those that are running (within the shutdown timeout), syncs, makes
+    /// a last checkpoint, and lets go of the data directory.
+    pub async fn shutdown(mut self) {
+        tracing::info!("stopping");
+        self.broker.begin_stop();
+        if timeout(self.patience, &mut self.listener).await.is_err() {
+            tracing::warn!(patience = ?self.patience, "some connections did not end in time and are cut off");
+            self.listener.abort();
+        }
+        if let Some(running) = self.running.take() {
+            stop(running).await;
+        }
+        tracing::info!("stopped");
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.broker.begin_stop();
+        self.listener.abort();
+        if let Some(running) = self.running.take() {
+            // The directory is free for others when everything has been stored, not before.
+            let lock = self.lock.take();
+            std::thread::spawn(move || {
+                running.stop();
+                drop(lock);
+            });
+        }
+    }
+}
+
+async fn stop(running: Running) {
+    if spawn_blocking(move || running.stop()).await.is_err() {
+        tracing::error!("the shard did not stop in order");
+    }
+}
+
+fn storage_options(settings: &ServerSettings) -> StorageOptions {
+    let limits = &settings.limits;
+    StorageOptions {
+        engine: EngineSettings {
+            segment_bytes: settings.segment.bytes.0,
+            session_timeout: settings.session_timeout,
+            max_topics: limits.topics,
+            max_partitions: limits.partitions,
+            max_groups: limits.groups,
+            max_members_per_group: limits.members_per_group,
+            max_producers_per_partition: limits.producers_per_partition,
+            max_leases: limits.leases,
+            max_exceptions: limits.exceptions,
+        },
+        journal: JournalOptions {
+            first_file_bytes: settings.journal.first_file_bytes.0,
+            file_bytes: settings.journal.file_bytes.0,
+            max_frame_bytes: settings.max_frame_bytes.0 + FRAME_SLACK,
+            ..JournalOptions::default()
+        },
+        log: LogOptions {
+            unwritten_bytes: settings.unwritten_bytes.0,
+            tail_bytes: settings.tail_cache_bytes.as_usize(),
+            open_files: settings.open_files as usize,
+            ..LogOptions::default()
+        },
+        shard: ShardOptions { max_unsynced_bytes: settings.journal.max_unsynced_bytes.0 },
+        checkpoint: CheckpointOptions {
+            interval: settings.checkpoint.interval,
+            journal_bytes: settings.checkpoint.journal_bytes.0,
+        },
+        sync_interval: settings.journal.sync_interval,
+    }
+}
+
+fn native_settings(settings: &ServerSettings) -> NativeSettings {
+    NativeSettings {
+        max_frame_bytes: settings.max_frame_bytes.as_u32(),
+        max_connections: settings.max_connections as usize,
+        connection_in_flight_bytes: settings.connection_in_flight_bytes.as_u32(),
+        outbox_bytes: OUTBOX_BYTES,
+        handshake_timeout: settings.handshake_timeout,
+        idle_timeout: IDLE_TIMEOUT.max(settings.session_timeout * 3),
+        write_timeout: WRITE_TIMEOUT,
+    }
+}
+
+/// Keeps a second process out of a data directory. The lock is the kernel's, on the open file: it ends with the process.
+#[derive(Debug)]
+struct DirLock {
+    _file: File,
+}
+
+impl DirLock {
+    fn take(dir: &Path) -> Result<Self, ServerError> {
+        let path = dir.join(LOCK_FILE);
+        let io = |source| ServerError::Io { path: path.clone(), source };
+        let mut file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).map_err(io)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let mut text = String::new();
+                let pid = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+                return Err(ServerError::Locked { dir: dir.to_path_buf(), pid });
+            }
+            Err(error) => return Err(io(error.into())),
+        }
+        let write = |file: &mut File| {
+            file.set_len(0)?;
+            file.rewind()?;
+            writeln!(file, "{}", std::process::id())
+        };
+        write(&mut file).map_err(io)?;
+        Ok(Self { _file: file })
+    }
+}
+
+/// Refuses a directory of a newer version; names the version in a new one.
+fn check_format(disk: &dyn Disk, dir: &Path) -> Result<(), ServerError> {
+    let file = dir.join(FORMAT_FILE);
+    let io = |source| ServerError::Io { path: file.clone(), source };
+    match disk.open_read(&file) {
+        Ok(opened) => {
+            let mut text = [0; 32];
+            let length = opened.read_full_at(&mut text, 0).map_err(io)?;
+            let text = String::from_utf8_lossy(&text[..length]);
+            match text.trim().parse() {
+                Ok(found) if found > FORMAT => {
+                    Err(ServerError::NewerFormat { dir: dir.to_path_buf(), found })
+                }
+                Ok(_) => Ok(()),
+                Err(_) => Err(ServerError::NotAFormat { file, found: text.trim().to_owned() }),
+            }
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let temporary = dir.join("FORMAT.new");
+            let create = || {
+                let created = disk.create(&temporary)?;
+                created.write_all_at(format!("{FORMAT}\n").as_bytes(), 0)?;
+                created.sync_data()?;
+                disk.rename(&temporary, &file)?;
+                disk.sync_dir(dir)
+            };
+            create().map_err(io)
+        }
+        Err(error) => Err(io(error)),
+    }
+}

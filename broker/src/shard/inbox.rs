@@ -1,0 +1,229 @@
+//! The way into the shard: two lanes of commands, and news for the shard thread, under one short lock.
+//!
+//! Settlements, queries and everything else that is small goes before bulk (appends), so that a flood of records never
+//! delays an acknowledgement. Senders never block here: what they queue was admitted before (see `admission`). The shard
+//! thread parks when there is nothing for it; one sender unparks it, however many send meanwhile.
+
+use std::collections::VecDeque;
+use std::sync::OnceLock;
+use std::thread::Thread;
+
+use parking_lot::Mutex;
+
+use crate::engine::command::Command;
+use crate::engine::types::Lsn;
+
+use super::sink::Responder;
+
+/// A command on its way to the engine, and who waits for its answer.
+#[derive(Debug)]
+pub struct Submission {
+    pub command: Command,
+    pub responder: Option<Responder>,
+}
+
+impl Submission {
+    pub fn new(command: Command, responder: Responder) -> Self {
+        Self { command, responder: Some(responder) }
+    }
+
+    /// A command without an answer.
+    pub fn silent(command: Command) -> Self {
+        Self { command, responder: None }
+    }
+
+    fn bytes(&self) -> usize {
+        match &self.command {
+            Command::Append { entries, .. } | Command::Complete { outputs: entries, .. } => {
+                entries.iter().map(|entry| entry.batch.bytes.len()).sum()
+            }
+            _ => 0,
+        }
+    }
+}
+
+/// What other threads tell the shard thread.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum News {
+    /// Every frame up to this one is on the device.
+    Synced(Lsn),
+    /// A sync or a checkpoint failed: nothing may be written any more.
+    Failed(String),
+    /// A checkpoint is stored; the one before it was made at this frame, and older ones are gone.
+    Checkpointed { previous: Lsn },
+    /// The segment writer has room again, or has failed.
+    Room,
+    /// Stop as soon as everything queued has been carried out.
+    Stop,
+}
+
+/// How much one drain takes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DrainLimits {
+    pub(crate) bytes: usize,
+    pub(crate) commands: usize,
+    /// False: appends wait (too much is unsynced or unwritten).
+    pub(crate) bulk: bool,
+}
+
+#[derive(Debug, Default)]
+struct Lanes {
+    control: VecDeque<Submission>,
+    bulk: VecDeque<Submission>,
+    news: Vec<News>,
+    sleeping: bool,
+    closed: bool,
+}
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub(crate) struct Inbox {
+    lanes: Mutex<Lanes>,
+    thread: OnceLock<Thread>,
+}
+
+impl Inbox {
+    /// Names the thread to wake; called once, by that thread, before it first drains.
+    pub(crate) fn attach(&self) {
+        // A second call would name the same thread.
+        let _ = self.thread.set(std::thread::current());
+    }
+
+    /// Queues commands in order. After [`Self::close`] they are dropped, which answers them.
+    pub(crate) fn submit(&self, submissions: impl IntoIterator<Item = Submission>) {
+        let mut refused = Vec::new();
+        self.change(|lanes| {
+            for submission in submissions {
+                if lanes.closed {
+                    refused.push(submission);
+                } else if matches!(submission.command, Command::Append { .. }) {
+                    lanes.bulk.push_back(submission);
+                } else {
+                    lanes.control.push_back(submission);
+                }
+            }
+        });
+        // Answered here, without the lock.
+        drop(refused);
+    }
+
+    pub(crate) fn tell(&self, news: News) {
+        self.change(|lanes| lanes.news.push(news));
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Lanes)) {
+        let mut lanes = self.lanes.lock();
+        change(&mut lanes);
+        let wake = std::mem::take(&mut lanes.sleeping);
+        drop(lanes);
+        if wake && let Some(thread) = self.thread.get() {
+            thread.unpark();
+        }
+    }
+
+    /// Moves what is queued to `commands` and `news`, within the limits; the first bulk command is taken whatever its size.
+    /// Returns true when something that may be taken is left.
+    pub(crate) fn drain(
+        &self,
+        limits: DrainLimits,
+        commands: &mut Vec<Submission>,
+        news: &mut Vec<News>,
+    ) -> bool {
+        let mut lanes = self.lanes.lock();
+        news.append(&mut lanes.news);
+        let mut bytes = 0;
+        while commands.len() < limits.commands
+            && bytes < limits.bytes
+            && let Some(submission) = lanes.control.pop_front()
+        {
+            bytes += submission.bytes();
+            commands.push(submission);
+        }
+        while limits.bulk && commands.len() < limits.commands && bytes < limits.bytes {
+            let Some(next) = lanes.bulk.front() else { break };
+            let size = next.bytes();
+            if bytes > 0 && bytes + size > limits.bytes {
+                break;
+            }
+            bytes += size;
+            commands.extend(lanes.bulk.pop_front());
+        }
+        !lanes.control.is_empty() || (limits.bulk && !lanes.bulk.is_empty())
+    }
+
+    /// True when nothing waits that may be taken now; the next sender will then unpark the thread.
+    pub(crate) fn fall_asleep(&self, bulk: bool) -> bool {
+        let mut lanes = self.lanes.lock();
+        let idle = lanes.news.is_empty() && lanes.control.is_empty() && (!bulk || lanes.bulk.is_empty());
+        lanes.sleeping = idle;
+        idle
+    }
+
+    /// Refuses everything from now on; what is queued can still be drained.
+    pub(crate) fn close(&self) {
+        self.lanes.lock().closed = true;
+    }
+
+    /// Drops what is queued, which answers it.
+    pub(crate) fn clear(&self) {
+        let mut lanes = self.lanes.lock();
+        let queued = (std::mem::take(&mut lanes.control), std::mem::take(&mut lanes.bulk));
+        drop(lanes);
+        drop(queued);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::BytesMut;
+    use felucca_protocol::batch::{BatchBuilder, BatchHeader};
+
+    use super::*;
+    use crate::engine::command::{AppendEntry, StagedBatch};
+    use crate::engine::types::{Level, PartitionKey, TopicId};
+
+    fn append(bytes: usize) -> Submission {
+        let mut builder = BatchBuilder::new();
+        builder.push(0, None, Some(&vec![0; bytes]), &[]).unwrap();
+        let bytes: BytesMut = builder.finish();
+        let header = BatchHeader::parse(&bytes).unwrap();
+        let partition = PartitionKey { topic: TopicId([0; 16]), partition: 0 };
+        let entries = vec![AppendEntry { partition, batch: StagedBatch { header, bytes } }];
+        Submission::silent(Command::Append { level: Level::Synced, entries })
+    }
+
+    fn drained(inbox: &Inbox, bytes: usize, bulk: bool) -> (usize, bool) {
+        let mut commands = Vec::new();
+        let more = inbox.drain(DrainLimits { bytes, commands: 100, bulk }, &mut commands, &mut Vec::new());
+        (commands.len(), more)
+    }
+
+    #[test]
+    fn small_commands_overtake_bulk() {
+        let inbox = Inbox::default();
+        inbox.submit([append(10), Submission::silent(Command::ListGroups)]);
+        let mut commands = Vec::new();
+        let limits = DrainLimits { bytes: 1000, commands: 100, bulk: true };
+        assert!(!inbox.drain(limits, &mut commands, &mut Vec::new()));
+        assert!(matches!(commands[0].command, Command::ListGroups));
+        assert!(matches!(commands[1].command, Command::Append { .. }));
+    }
+
+    #[test]
+    fn a_drain_keeps_to_its_bytes_and_takes_one_that_is_larger() {
+        let inbox = Inbox::default();
+        inbox.submit([append(1000), append(100), append(100)]);
+        assert_eq!(drained(&inbox, 500, true), (1, true));
+        assert_eq!(drained(&inbox, 500, true), (2, false));
+    }
+
+    #[test]
+    fn bulk_can_be_held_back() {
+        let inbox = Inbox::default();
+        inbox.submit([append(10), Submission::silent(Command::ListGroups)]);
+        assert_eq!(drained(&inbox, 500, false), (1, false));
+        assert!(inbox.fall_asleep(false));
+        assert!(!inbox.fall_asleep(true));
+        assert_eq!(drained(&inbox, 500, true), (1, false));
+    }
+}

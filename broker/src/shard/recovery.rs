@@ -1,0 +1,243 @@
+//! How a shard begins: checkpoint, then journal, then a new run; and how it ends.
+//!
+//! 1. The newest whole checkpoint gives the engine its rows and the log its partitions.
+//! 2. Every frame after it is replayed into the engine and, through the same calls as when it happened, into the log.
+//! 3. The engine begins a run. Its first frame is synced before anything is served.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::checkpoint::CheckpointThread;
+use super::clock::Clock;
+use super::core::{Shard, ShardOptions};
+use super::inbox::{Inbox, News};
+use super::reads::Reads;
+use super::release::{Releases, SyncThread};
+use super::runner::{CheckpointOptions, Runner};
+use crate::checkpoint::{CheckpointError, CheckpointStore};
+use crate::disk::Disk;
+use crate::engine::config::EngineSettings;
+use crate::engine::effect::Effects;
+use crate::engine::{CorruptState, Engine};
+use crate::journal::{Journal, JournalError, JournalOptions, RecoverError};
+use crate::log::{LogFailure, LogOptions, SegmentWriter, Views};
+
+/// Longest that replay waits for the segment writer to make progress.
+const REPLAY_PATIENCE: Duration = Duration::from_secs(60);
+/// Names the run of the operating system.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// Everything that can be set about a shard and its storage.
+#[derive(Clone, Debug)]
+pub(crate) struct StorageOptions {
+    pub(crate) engine: EngineSettings,
+    pub(crate) journal: JournalOptions,
+    pub(crate) log: LogOptions,
+    pub(crate) shard: ShardOptions,
+    pub(crate) checkpoint: CheckpointOptions,
+    /// While anything is unsynced, a sync begins at least this often.
+    pub(crate) sync_interval: Duration,
+}
+
+/// Why a shard cannot begin. Nothing was served, and nothing that had been promised was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Journal(#[from] RecoverError<ReplayError>),
+    #[error("cannot write the first frame: {0}")]
+    FirstFrame(#[from] JournalError),
+    #[error("cannot write the first frame: {0}")]
+    ReadOnly(String),
+    #[error("cannot open the log: {0}")]
+    Log(io::Error),
+    #[error("cannot start a thread: {0}")]
+    Thread(io::Error),
+}
+
+/// Why a frame of the journal cannot be replayed.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplayError {
+    #[error(transparent)]
+    Corrupt(#[from] CorruptState),
+    #[error(transparent)]
+    Log(#[from] LogFailure),
+    #[error("the segment writer makes no progress")]
+    Stuck,
+}
+
+/// A shard that serves.
+#[derive(Debug)]
+pub(crate) struct Running {
+    pub(crate) inbox: Arc<Inbox>,
+    pub(crate) views: Arc<Views>,
+    pub(crate) boot_epoch: u64,
+    /// Cancelled when the shard's thread has ended, in whatever way.
+    pub(crate) ended: CancellationToken,
+    releases: Arc<Releases>,
+    log: Arc<SegmentWriter>,
+    shard: JoinHandle<()>,
+    sync: JoinHandle<()>,
+    checkpoint: JoinHandle<()>,
+}
+
+/// Recovers what is stored under `data_dir` and begins to serve it. Blocks, for as long as the replay takes.
+///
+/// # Errors
+/// See [`StartError`].
+pub(crate) fn start(
+    disk: &Arc<dyn Disk>,
+    data_dir: &Path,
+    options: StorageOptions,
+    runtime: Handle,
+) -> Result<Running, StartError> {
+    let began = Instant::now();
+    let mut engine = Engine::new(options.engine);
+    let mut store = CheckpointStore::new(disk.clone(), &data_dir.join("checkpoint"));
+    let loaded = store.load(|key, value| engine.restore_row(key, value))?;
+    let (from, checkpoint_ms) = loaded.map_or((0, 0), |loaded| (loaded.lsn, loaded.monotonic_ms));
+
+    let inbox = Arc::new(Inbox::default());
+    let room = inbox.clone();
+    let wake = Box::new(move || room.tell(News::Room));
+    let log = SegmentWriter::start(disk.clone(), &data_dir.join("log"), &options.log, wake);
+    let log = Arc::new(log.map_err(StartError::Log)?);
+    for partition in engine.partitions() {
+        log.restore(&partition);
+    }
+    let mut frames = 0_u64;
+    let mut apply = |_lsn, events: &[u8], batches: Vec<Bytes>| {
+        frames += 1;
+        replay(&mut engine, &log, events, batches)
+    };
+    let journal =
+        Journal::recover(disk.clone(), &data_dir.join("journal"), options.journal, from, &mut apply)?;
+    let recovered = journal.recovered();
+    if let Some((file, position)) = &recovered.torn {
+        tracing::warn!(file = %file.display(), position, "the journal's end was torn by a crash and has been cut");
+    }
+    tracing::info!(checkpoint = from, frames, millis = began.elapsed().as_millis(), "recovered");
+
+    let syncer = journal.syncer();
+    let releases = Arc::new(Releases::new(options.sync_interval));
+    let mut clock = Clock::starting_at(checkpoint_ms.max(engine.monotonic_ms()));
+    let mut shard = Shard::new(engine, journal, log.clone(), releases.clone(), options.shard);
+    shard.boot(clock.now(), &machine_boot())?;
+    if let Some(reason) = shard.read_only() {
+        return Err(StartError::ReadOnly(reason.to_owned()));
+    }
+    let boot_epoch = shard.engine().boot_epoch();
+
+    let views = log.views().clone();
+    let sync = SyncThread {
+        syncer: syncer.clone(),
+        releases: releases.clone(),
+        views: views.clone(),
+        inbox: inbox.clone(),
+    };
+    let checkpoint = CheckpointThread { store, syncer, log: log.clone(), inbox: inbox.clone() };
+    let (checkpoints, to_store) = mpsc::channel();
+    let reads = Reads { runtime, views: views.clone(), inbox: inbox.clone() };
+    let runner =
+        Runner { shard, clock, inbox: inbox.clone(), reads, checkpoints, options: options.checkpoint };
+    let ended = CancellationToken::new();
+    let guard = Guard { inbox: inbox.clone(), ended: ended.clone() };
+    Ok(Running {
+        inbox,
+        views,
+        boot_epoch,
+        ended,
+        releases,
+        log,
+        sync: spawn("sync", move || sync.run())?,
+        checkpoint: spawn("checkpoint", move || checkpoint.run(&to_store))?,
+        shard: spawn("shard", move || {
+            let _guard = guard;
+            runner.run();
+        })?,
+    })
+}
+
+impl Running {
+    /// Carries out what is queued, syncs it, makes a last checkpoint and ends. Blocks.
+    pub(crate) fn stop(self) {
+        self.inbox.tell(News::Stop);
+        join("shard", self.shard);
+        // The shard has dropped its sender: what it sent is still stored. That needs no sync thread.
+        join("checkpoint", self.checkpoint);
+        self.releases.stop();
+        join("sync", self.sync);
+        drop(self.views);
+        // What is not written to segments is in the journal; nothing is lost if others still hold the log.
+        if let Some(Err(failure)) = Arc::into_inner(self.log).map(SegmentWriter::shutdown) {
+            tracing::error!(%failure, "the log was not written to its end; it will be replayed");
+        }
+    }
+}
+
+/// Answers whoever waits when the shard's thread ends, be it by a panic.
+#[derive(Debug)]
+struct Guard {
+    inbox: Arc<Inbox>,
+    ended: CancellationToken,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            tracing::error!("the shard's thread panicked; restart the broker");
+        }
+        self.inbox.close();
+        self.inbox.clear();
+        self.ended.cancel();
+    }
+}
+
+fn replay(
+    engine: &mut Engine,
+    log: &SegmentWriter,
+    events: &[u8],
+    batches: Vec<Bytes>,
+) -> Result<(), ReplayError> {
+    let mut effects = Effects::default();
+    engine.replay(events, batches, &mut effects)?;
+    for change in &effects.view_changes {
+        log.apply(change);
+    }
+    if !log.wait_for_room(REPLAY_PATIENCE)? {
+        return Err(ReplayError::Stuck);
+    }
+    log.append(effects.segment_writes)?;
+    Ok(())
+}
+
+fn machine_boot() -> String {
+    match std::fs::read_to_string(BOOT_ID) {
+        Ok(id) => id.trim().to_owned(),
+        Err(error) => {
+            // As if the machine had restarted: that only costs a gap in the offsets.
+            tracing::warn!(file = BOOT_ID, %error, "cannot tell this run of the machine from others");
+            Uuid::new_v4().to_string()
+        }
+    }
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StartError> {
+    thread::Builder::new().name(name.to_owned()).spawn(run).map_err(StartError::Thread)
+}
+
+fn join(name: &str, thread: JoinHandle<()>) {
+    if thread.join().is_err() {
+        tracing::error!(thread = name, "ended by a panic");
+    }
+}
