@@ -193,10 +193,11 @@ impl CheckpointStore {
                     .commit(None, newer, lsn, monotonic_ms, rows)
                     .map_err(|error| failed(error.to_string()))?;
                 self.disk.rename(&temporary, &file).map_err(io_failed)?;
-                self.disk.sync_dir(&self.directory).map_err(io_failed)?;
                 (Some(slot), meta)
             }
         };
+        // Also when this commit made no file: an earlier run may have ended between the renaming and this.
+        self.disk.sync_dir(&self.directory).map_err(|error| failed(error.to_string()))?;
         let (slot, meta) = committed;
         match (slot, &mut self.slots[target]) {
             (Some(slot), old) => *old = Some(Committed { slot, meta }),

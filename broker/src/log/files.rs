@@ -114,6 +114,11 @@ impl SegmentFiles {
         drop(evicted);
     }
 
+    #[cfg(test)]
+    pub(super) fn open_count(&self) -> usize {
+        self.open.lock().len()
+    }
+
     /// Reads a whole (index) file.
     pub(super) fn read_whole(&self, path: &Path) -> io::Result<Vec<u8>> {
         let file = self.disk.open_read(path)?;

@@ -6,6 +6,9 @@
 //! Invariants: the first entry stands at position 0; offsets and positions of entries ascend strictly; no batch spans
 //! two blocks, so a batch ends at or before the position of the next entry; `max_before` never falls.
 //!
+//! An index that is rebuilt from a damaged segment ends at the damage with a block of its own, which stands for everything
+//! from there on: so batches before it are found, and whoever looks for anything behind it runs into the damage.
+//!
 //! # File format, version 1 (integers big-endian)
 //!
 //! ```text
@@ -56,9 +59,10 @@ pub(super) struct Index {
     entries: Vec<Entry>,
     /// Bytes covered (exclusive end position).
     end_position: u64,
-    /// Last offset + 1, or the segment's base offset while it is empty.
+    /// Last offset + 1, or the segment's base offset while it is empty; `u64::MAX` when damage hides it.
     end_offset: u64,
     max_timestamp: i64,
+    damaged: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -76,7 +80,13 @@ pub(super) enum IndexError {
 impl Index {
     /// The index of what is still to be written from `position` on.
     pub(super) fn starting_at(position: u64, offset: u64) -> Self {
-        Self { entries: Vec::new(), end_position: position, end_offset: offset, max_timestamp: i64::MIN }
+        Self {
+            entries: Vec::new(),
+            end_position: position,
+            end_offset: offset,
+            max_timestamp: i64::MIN,
+            damaged: false,
+        }
     }
 
     pub(super) fn end_position(&self) -> u64 {
@@ -103,10 +113,35 @@ impl Index {
         size_of::<Self>() + self.entries.len() * size_of::<Entry>()
     }
 
+    /// Whether part of the segment is damaged; such an index is not kept on disk.
+    pub(super) fn is_damaged(&self) -> bool {
+        self.damaged
+    }
+
+    /// Ends the index with a block that stands for the bytes up to `end_position`, which make no sense.
+    pub(super) fn push_damage(&mut self, end_position: u64) {
+        self.entries.push(Entry {
+            offset: self.end_offset,
+            position: self.end_position,
+            max_before: self.max_timestamp,
+        });
+        self.end_position = end_position;
+        self.end_offset = u64::MAX;
+        self.max_timestamp = i64::MAX;
+        self.damaged = true;
+    }
+
+    /// Takes in a batch whose header may lie about its time, but not about its place.
+    pub(super) fn push_doubted(&mut self, base_offset: u64, last_offset: u64, length: u64) {
+        self.push(base_offset, last_offset, i64::MAX, length);
+        self.damaged = true;
+    }
+
     /// Takes in the batch that follows the last one.
     pub(super) fn push(&mut self, base_offset: u64, last_offset: u64, max_timestamp: i64, length: u64) {
-        let due = self.entries.last().is_none_or(|last| self.end_position - last.position >= BLOCK_BYTES);
-        if due {
+        let after_damage = self.end_offset == u64::MAX;
+        let full = |last: &Entry| self.end_position - last.position >= BLOCK_BYTES;
+        if after_damage || self.entries.last().is_none_or(full) {
             let entry =
                 Entry { offset: base_offset, position: self.end_position, max_before: self.max_timestamp };
             self.entries.push(entry);
@@ -127,6 +162,7 @@ impl Index {
             self.end_position = later.end_position;
             self.end_offset = later.end_offset;
             self.max_timestamp = before.max(later.max_timestamp);
+            self.damaged |= later.damaged;
         }
     }
 
@@ -215,6 +251,7 @@ impl Index {
             end_position: u64::from_be_bytes(field(body, 24)?),
             end_offset: u64::from_be_bytes(field(body, 32)?),
             max_timestamp: i64::from_be_bytes(field(body, 40)?),
+            damaged: false,
         };
         // The checksum vouches for the bytes; this keeps a file written by a faulty build from misleading a reader.
         let ascending = index.entries.is_sorted_by(|a, b| a.position < b.position && a.offset < b.offset);

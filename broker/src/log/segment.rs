@@ -126,8 +126,8 @@ impl Segment {
     /// The index file cannot be written.
     pub(super) fn seal(&self, files: &SegmentFiles) -> io::Result<()> {
         match self.lookup(files, |_| false, Index::clone) {
-            // Never written to, so there is no file either.
-            Ok(index) if index.end_position() == 0 => {}
+            // Never written to, so there is no file either; or damaged, and to be looked at again.
+            Ok(index) if index.end_position() == 0 || index.is_damaged() => {}
             Ok(index) => {
                 files.write_index(self.name, &index.encode(self.name.base_offset))?;
                 files.keep_index(self.name, &Arc::new(index));
@@ -162,11 +162,13 @@ impl Segment {
             let step = walker.peek(ahead).and_then(|header| {
                 let Some(header) = header else { return Ok(None) };
                 if header.last_offset() < offset {
-                    walker.skip(&header);
+                    walker.skip(&header, ahead)?;
                     return Ok(Some(None));
                 }
                 let fits = taken == 0 || taken + header.length as usize <= max_bytes;
-                if header.last_offset() >= end_offset || !fits {
+                // The last offset is not trusted before the CRC is checked. It ends below the visible end as well, since
+                // that always falls between batches.
+                if header.base_offset >= end_offset || !fits {
                     return Ok(None);
                 }
                 let position = walker.position();
@@ -209,7 +211,7 @@ impl Segment {
                 let bytes = walker.take(&header, 0)?;
                 return Ok(Some(self.placed(position, &header, bytes)));
             }
-            walker.skip(&header);
+            walker.skip(&header, BLOCK_BYTES as usize)?;
         }
         Ok(None)
     }
@@ -303,7 +305,9 @@ impl Segment {
                 warn!(path = %path.display(), reason, "an index is rebuilt from its segment");
                 let index = Arc::new(walk::rebuild(files, self.name, end)?);
                 // Only saves the next one the work.
-                if let Err(error) = files.write_index(self.name, &index.encode(self.name.base_offset)) {
+                if !index.is_damaged()
+                    && let Err(error) = files.write_index(self.name, &index.encode(self.name.base_offset))
+                {
                     warn!(path = %path.display(), %error, "the rebuilt index could not be written");
                 }
                 index

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use felucca_protocol::batch::{self, BatchHeader, HEADER_LEN, MAX_BATCH_BYTES};
+use tracing::error;
 
 use super::error::ReadError;
 use super::files::SegmentFiles;
@@ -18,8 +19,8 @@ use super::segment::Segment;
 use crate::disk::DiskFile;
 use crate::engine::effect::SegmentName;
 
-/// Least number of bytes asked of the disk at once.
-const READ_AHEAD: usize = 64 * 1024;
+/// Bytes asked of the disk at once when a whole segment is read.
+const REBUILD_AHEAD: usize = 256 * 1024;
 
 /// Bytes of a segment below an end, read in chunks.
 struct Chunks<'a> {
@@ -98,6 +99,9 @@ pub(super) struct Walker<'a> {
     block: Block,
     position: u64,
     chain: Chain,
+    /// The batch before was passed over although its CRC is wrong. What is wrong may be its last offset, so that it is
+    /// passed over wrongly; only a batch that follows it exactly shows that it is not.
+    doubt: Option<ReadError>,
 }
 
 impl<'a> Walker<'a> {
@@ -110,7 +114,7 @@ impl<'a> Walker<'a> {
     ) -> Result<Self, ReadError> {
         let chunks = Chunks::open(files, segment.name(), end)?;
         let chain = Chain { next_offset: block.offset, epoch: None };
-        Ok(Self { segment, chunks, block, position: block.position, chain })
+        Ok(Self { segment, chunks, block, position: block.position, chain, doubt: None })
     }
 
     /// Position of the next batch.
@@ -120,6 +124,16 @@ impl<'a> Walker<'a> {
 
     /// The header of the next batch, its place checked, its CRC not; `None` at the end. Reads `ahead` bytes if it must.
     pub(super) fn peek(&mut self, ahead: usize) -> Result<Option<BatchHeader>, ReadError> {
+        if let Some(doubt) = self.doubt.take() {
+            return match self.peek_next(ahead) {
+                Ok(Some(header)) if header.base_offset == self.chain.next_offset => Ok(Some(header)),
+                _ => Err(doubt),
+            };
+        }
+        self.peek_next(ahead)
+    }
+
+    fn peek_next(&mut self, ahead: usize) -> Result<Option<BatchHeader>, ReadError> {
         if self.position >= self.chunks.end {
             return Ok(None);
         }
@@ -130,7 +144,7 @@ impl<'a> Walker<'a> {
         let header = self.chunks.bytes(self.position, HEADER_LEN, ahead, self.chain.next_offset)?;
         let header = BatchHeader::parse(&header).map_err(|error| self.corrupt(error.to_string()))?;
         // No batch spans two blocks, so a damaged length never makes us read more than a block.
-        if self.position + u64::from(header.length) > self.block.end {
+        if !fits(&header, self.position, self.block.end) {
             return Err(self.corrupt(format!("a batch of {} bytes does not fit here", header.length)));
         }
         if self.position == self.block.position && header.base_offset != self.block.offset {
@@ -141,19 +155,28 @@ impl<'a> Walker<'a> {
         Ok(Some(header))
     }
 
-    /// Passes over the batch that `header` was peeked of.
-    pub(super) fn skip(&mut self, header: &BatchHeader) {
-        self.chain.follow(header);
-        self.position += u64::from(header.length);
-    }
-
     /// The bytes of the batch that `header` was peeked of, its CRC checked.
     pub(super) fn take(&mut self, header: &BatchHeader, ahead: usize) -> Result<Bytes, ReadError> {
         let length = header.length as usize;
         let bytes = self.chunks.bytes(self.position, length, ahead, header.base_offset)?;
         batch::check(&bytes).map_err(|error| self.corrupt(error.to_string()))?;
-        self.skip(header);
+        self.chain.follow(header);
+        self.position += u64::from(header.length);
         Ok(bytes)
+    }
+
+    /// Passes over the batch that `header` was peeked of. A damaged payload is no reason to stop here.
+    pub(super) fn skip(&mut self, header: &BatchHeader, ahead: usize) -> Result<(), ReadError> {
+        match self.take(header, ahead) {
+            Ok(_) => {}
+            Err(error @ ReadError::Corrupt { .. }) => {
+                self.doubt = Some(error);
+                self.chain.follow(header);
+                self.position += u64::from(header.length);
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
     }
 
     fn corrupt(&self, reason: impl Into<String>) -> ReadError {
@@ -161,26 +184,80 @@ impl<'a> Walker<'a> {
     }
 }
 
-/// Indexes the first `end` bytes of a segment by its headers.
+/// Whether the batch is of possible length and ends at or before `end`.
+fn fits(header: &BatchHeader, position: u64, end: u64) -> bool {
+    header.length <= MAX_BATCH_BYTES && position + u64::from(header.length) <= end
+}
+
+/// Indexes the first `end` bytes of a segment, up to where they make no sense.
 ///
-/// CRCs are left to the reads: one damaged payload must not hide the batches around it.
+/// A batch whose CRC is wrong does not hide those behind it, if they follow it exactly.
+///
+/// # Errors
+/// The disk failed. Damage is in the index ([`Index::is_damaged`]), for those who read there.
 pub(super) fn rebuild(files: &SegmentFiles, name: SegmentName, end: u64) -> Result<Index, ReadError> {
+    let mut index = Index::starting_at(0, name.base_offset);
+    match index_batches(files, name, end, &mut index) {
+        Err(error @ ReadError::Corrupt { .. }) => {
+            error!(%error, "a segment is damaged");
+            index.push_damage(end);
+        }
+        other => other?,
+    }
+    Ok(index)
+}
+
+fn index_batches(
+    files: &SegmentFiles,
+    name: SegmentName,
+    end: u64,
+    index: &mut Index,
+) -> Result<(), ReadError> {
     let mut chunks = Chunks::open(files, name, end)?;
     // A partition begins with epoch 0: the first batch may stand above the base offset if the epoch was raised before.
     let mut chain = Chain { next_offset: name.base_offset, epoch: Some(0) };
-    let mut index = Index::starting_at(0, name.base_offset);
-    while index.end_position() < end {
-        let position = index.end_position();
-        let offset = chain.next_offset;
-        let corrupt = |reason| files.corrupt(name, position, offset, reason);
-        let header = chunks.bytes(position, HEADER_LEN, READ_AHEAD, offset)?;
-        let header = BatchHeader::parse(&header).map_err(|error| corrupt(error.to_string()))?;
-        if header.length > MAX_BATCH_BYTES || position + u64::from(header.length) > end {
-            return Err(corrupt(format!("a batch of {} bytes does not fit here", header.length)));
-        }
-        chain.check(&header).map_err(corrupt)?;
+    // A batch with a wrong CRC, until the next one shows that it may be passed over.
+    let mut doubted: Option<(BatchHeader, ReadError)> = None;
+    let mut position = 0;
+    while position < end {
+        let mut read = || {
+            let offset = chain.next_offset;
+            let corrupt = |reason| files.corrupt(name, position, offset, reason);
+            let header = chunks.bytes(position, HEADER_LEN, REBUILD_AHEAD, offset)?;
+            let header = BatchHeader::parse(&header).map_err(|error| corrupt(error.to_string()))?;
+            if !fits(&header, position, end) {
+                return Err(corrupt(format!("a batch of {} bytes does not fit here", header.length)));
+            }
+            chain.check(&header).map_err(corrupt)?;
+            let bytes = chunks.bytes(position, header.length as usize, REBUILD_AHEAD, offset)?;
+            let damage = batch::check(&bytes).err().map(|error| corrupt(error.to_string()));
+            Ok((header, damage))
+        };
+        let (header, damage) = match (read(), doubted.take()) {
+            (Ok((header, damage)), Some((before, doubt))) => {
+                if header.base_offset != chain.next_offset {
+                    return Err(doubt);
+                }
+                error!(error = %doubt, "a batch is damaged");
+                index.push_doubted(before.base_offset, before.last_offset(), u64::from(before.length));
+                (header, damage)
+            }
+            (Err(ReadError::Corrupt { .. }), Some((_, doubt))) => return Err(doubt),
+            (read, _) => read?,
+        };
         chain.follow(&header);
-        index.push(header.base_offset, header.last_offset(), header.max_timestamp, u64::from(header.length));
+        position += u64::from(header.length);
+        match damage {
+            Some(doubt) => doubted = Some((header, doubt)),
+            None => {
+                index.push(
+                    header.base_offset,
+                    header.last_offset(),
+                    header.max_timestamp,
+                    u64::from(header.length),
+                );
+            }
+        }
     }
-    Ok(index)
+    doubted.map_or(Ok(()), |(_, doubt)| Err(doubt))
 }

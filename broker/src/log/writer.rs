@@ -71,12 +71,12 @@ pub type Wake = Box<dyn Fn() + Send + Sync>;
 /// Owner of the log's files. Methods are for the shard and its checkpoint; readers use [`Views`].
 #[derive(Debug)]
 pub struct SegmentWriter {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
-struct Shared {
-    context: Arc<LogContext>,
+pub(super) struct Shared {
+    pub(super) context: Arc<LogContext>,
     views: Arc<Views>,
     limit: u64,
     wake: Wake,
@@ -462,6 +462,13 @@ impl Shared {
             return files.open(name);
         }
         let written = segment.written();
+        let directory = files.directory(name.partition);
+        if written == 0 {
+            // Not known to a checkpoint, so perhaps never synced, even if the file is there: an earlier run may have
+            // ended between creating and syncing it. That goes for the directories above as well.
+            let above = directory.ancestors().take(3).map(Path::to_path_buf);
+            self.state.lock().dirty_directories.extend(above);
+        }
         let file = match files.disk().open(&files.log_path(name)) {
             Ok(file) => {
                 let length = file.len()?;
@@ -477,11 +484,8 @@ impl Shared {
                 if written > 0 {
                     error!(file = %files.log_path(name).display(), written, "a segment is missing");
                 }
-                let directory = files.directory(name.partition);
                 files.disk().create_dir(&directory)?;
-                let file = files.disk().create(&files.log_path(name))?;
-                self.state.lock().dirty_directories.insert(directory);
-                file
+                files.disk().create(&files.log_path(name))?
             }
             Err(error) => return Err(error),
         };

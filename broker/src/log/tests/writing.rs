@@ -1,0 +1,258 @@
+//! The writer: limits, failures, removal.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use super::*;
+use crate::disk::{Disk, WriteFault};
+
+fn wait_until(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what} did not happen");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_failed_write_ends_writing_and_nothing_else() {
+    for fault in [WriteFault::Io, WriteFault::NoSpace, WriteFault::Torn(100), WriteFault::Short(0)] {
+        let disk = MemDisk::new();
+        let woken = Arc::new(AtomicUsize::new(0));
+        let wake = {
+            let woken = Arc::clone(&woken);
+            Box::new(move || {
+                woken.fetch_add(1, Ordering::SeqCst);
+            })
+        };
+        let log = SegmentWriter::start(Arc::new(disk.clone()), Path::new(ROOT), &forgetful(), wake).unwrap();
+        let mut model = Model::new(0, 1_000_000);
+        model.create(&log);
+        for at in 0..10 {
+            model.append(&log, &[at], 1000);
+        }
+        log.sync().unwrap();
+        assert!(log.failure().is_none());
+        let checkpoint = (model.info.clone(), model.batches.len());
+        disk.fail_write(0, fault);
+        model.append(&log, &[10], 1000);
+        wait_until("the failure", || log.failure().is_some());
+        wait_until("the call", || woken.load(Ordering::SeqCst) > 0);
+        let failure = log.failure().unwrap().to_string();
+        assert!(failure.starts_with("cannot write /log/"), "{failure}");
+        assert_eq!(log.sync().unwrap_err().to_string(), failure);
+        assert_eq!(log.wait_for_room(Duration::ZERO).unwrap_err().to_string(), failure);
+        // What was journaled is shown, although it is in no segment.
+        model.publish(&log);
+        model.check(&log, 5000);
+        assert!(log.append(Vec::new()).is_ok());
+        assert!(log.shutdown().is_err());
+
+        let log = start(&disk, &forgetful());
+        model.info = checkpoint.0;
+        log.restore(&model.info);
+        for at in checkpoint.1..model.batches.len() {
+            model.append_again(&log, at);
+        }
+        model.publish(&log);
+        log.sync().unwrap();
+        model.check(&log, 5000);
+    }
+}
+
+#[test]
+fn a_failed_sync_is_not_tried_again() {
+    let disk = MemDisk::new();
+    let log = start(&disk, &forgetful());
+    let mut model = Model::new(0, 1_000_000);
+    model.create(&log);
+    model.append(&log, &[1], 1000);
+    disk.fail_sync(0);
+    let failure = log.sync().unwrap_err().to_string();
+    assert!(failure.starts_with("cannot sync"), "{failure}");
+    assert_eq!(log.sync().unwrap_err().to_string(), failure);
+}
+
+#[test]
+fn a_position_that_does_not_follow_is_refused() {
+    let disk = MemDisk::new();
+    let log = start(&disk, &forgetful());
+    let mut model = Model::new(0, 1_000_000);
+    model.create(&log);
+    model.append(&log, &[1], 10);
+    model.info.segments[0].1 += 1;
+    model.append(&log, &[2], 10);
+    let failure = log.sync().unwrap_err().to_string();
+    assert!(failure.contains("was decided"), "{failure}");
+}
+
+#[test]
+fn room_is_told_of_when_there_is_some_again() {
+    let disk = MemDisk::new();
+    let woken = Arc::new(AtomicUsize::new(0));
+    let wake = {
+        let woken = Arc::clone(&woken);
+        Box::new(move || {
+            woken.fetch_add(1, Ordering::SeqCst);
+        })
+    };
+    let options = LogOptions { unwritten_bytes: 100_000, linger: Duration::from_secs(600), ..forgetful() };
+    let log = SegmentWriter::start(Arc::new(disk.clone()), Path::new(ROOT), &options, wake).unwrap();
+    let mut model = Model::new(0, 1_000_000);
+    model.create(&log);
+    model.append(&log, &[1], 10_000);
+    assert!(log.has_room());
+    assert!(log.unwritten_bytes() > 0, "it lingers");
+    // Over the limit: everything becomes due, whatever the linger says.
+    model.append(&log, &[2], 120_000);
+    let had_room = log.has_room();
+    assert!(log.wait_for_room(Duration::from_secs(20)).unwrap());
+    if !had_room {
+        wait_until("the call", || woken.load(Ordering::SeqCst) == 1);
+    }
+    assert!(log.has_room());
+    model.publish(&log);
+    model.check(&log, 1000);
+}
+
+#[test]
+fn the_tail_keeps_to_its_budget_over_all_partitions() {
+    let disk = MemDisk::new();
+    let log = start(&disk, &LogOptions { tail_bytes: 50_000, ..options() });
+    let mut models: Vec<Model> = (0..20).map(|at| Model::new(at, 1_000_000)).collect();
+    for model in &mut models {
+        model.create(&log);
+        for at in 0..10 {
+            model.append(&log, &[at], 1000);
+        }
+        model.publish(&log);
+    }
+    log.sync().unwrap();
+    assert!(log.tail_bytes() <= 50_000, "{} bytes", log.tail_bytes());
+    assert!(log.tail_bytes() > 40_000, "{} bytes", log.tail_bytes());
+    for model in &models {
+        model.check(&log, 3000);
+    }
+    for model in &models {
+        log.apply(&ViewChange::Removed { partition: model.info.partition });
+    }
+    assert_eq!(log.tail_bytes(), 0);
+}
+
+#[test]
+fn many_partitions_need_few_descriptors() {
+    let disk = MemDisk::new();
+    let log = start(&disk, &LogOptions { open_files: 3, ..forgetful() });
+    let mut models: Vec<Model> = (0..100).map(|at| Model::new(at, 5_000)).collect();
+    for model in &mut models {
+        model.create(&log);
+    }
+    for round in 0..5 {
+        for model in &mut models {
+            model.append(&log, &[round], 1500);
+        }
+    }
+    log.sync().unwrap();
+    for model in &models {
+        model.publish(&log);
+        model.check(&log, 100_000);
+    }
+    assert!(log.shared.context.files.open_count() <= 3);
+    disk.power_cut(1);
+    drop(log);
+    let log = start(&disk, &forgetful());
+    for model in &models {
+        log.restore(&model.info);
+        model.check(&log, 100_000);
+    }
+}
+
+#[test]
+fn a_deleted_partition_leaves_nothing_behind() {
+    let disk = MemDisk::new();
+    let log = start(&disk, &options());
+    let mut models: Vec<Model> = (0..3).map(|at| Model::new(at, 10_000)).collect();
+    for model in &mut models {
+        model.create(&log);
+        for at in 0..30 {
+            model.append(&log, &[at], 1000);
+        }
+        model.publish(&log);
+    }
+    log.sync().unwrap();
+    let directory =
+        |partition: u32| Path::new(ROOT).join(key(0).topic.to_string()).join(partition.to_string());
+    assert!(!disk.list(&directory(0)).unwrap().is_empty());
+    for at in 0..30 {
+        models[0].append(&log, &[at], 1000);
+    }
+    log.apply(&ViewChange::Removed { partition: key(0) });
+    log.sync().unwrap();
+    assert!(!disk.list(&directory(0)).unwrap().is_empty(), "a checkpoint may still need them");
+    log.unlink(log.take_condemned());
+    wait_until("the removal", || disk.list(&directory(0)).is_err());
+    log.unlink(log.take_condemned());
+    assert_eq!(log.unwritten_bytes(), 0);
+    models[1].check(&log, 5000);
+
+    // A crash before the removal: the next start finds what is left over.
+    log.apply(&ViewChange::Removed { partition: key(1) });
+    drop(log);
+    let log = start(&disk, &options());
+    log.restore(&models[2].info);
+    log.condemn_unknown().unwrap();
+    log.unlink(log.take_condemned());
+    wait_until("the removal", || disk.list(&directory(1)).is_err());
+    models[2].check(&log, 5000);
+    log.apply(&ViewChange::Removed { partition: key(2) });
+    log.unlink(log.take_condemned());
+    wait_until("the removal", || disk.list_dirs(Path::new(ROOT)).unwrap().is_empty());
+}
+
+#[test]
+fn a_name_that_came_back_is_not_removed() {
+    let disk = MemDisk::new();
+    let log = start(&disk, &options());
+    let mut model = Model::new(0, 1_000_000);
+    model.create(&log);
+    model.append(&log, &[1], 100);
+    log.sync().unwrap();
+    drop(log);
+    // The frame that created the partition was lost in a crash, and the same name is given out again.
+    let log = start(&disk, &options());
+    log.condemn_unknown().unwrap();
+    let mut model = Model::new(0, 1_000_000);
+    model.create(&log);
+    model.append(&log, &[7], 50);
+    log.unlink(log.take_condemned());
+    log.sync().unwrap();
+    model.publish(&log);
+    drop(log);
+    let log = start(&disk, &forgetful());
+    log.restore(&model.info);
+    model.check(&log, 1000);
+}
+
+#[test]
+fn a_sync_waits_for_all_that_came_before_it() {
+    let disk = MemDisk::new();
+    let log = start(&disk, &LogOptions { linger: Duration::from_secs(600), ..options() });
+    let mut models: Vec<Model> = (0..50).map(|at| Model::new(at, 4_000)).collect();
+    for model in &mut models {
+        model.create(&log);
+        for at in 0..6 {
+            model.append(&log, &[at], 1000);
+        }
+    }
+    assert!(log.unwritten_bytes() > 0);
+    log.sync().unwrap();
+    assert_eq!(log.unwritten_bytes(), 0);
+    disk.power_cut(42);
+    drop(log);
+    let log = start(&disk, &options());
+    for model in &models {
+        log.restore(&model.info);
+        model.check(&log, 5000);
+        model.check_lookups(&log);
+    }
+}
