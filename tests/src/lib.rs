@@ -1,1 +1,3 @@
-//! Placeholder.
+//! What the whole-system tests share.
+
+pub mod process;
