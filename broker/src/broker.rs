@@ -4,13 +4,13 @@
 //! records go straight to the read views. No wire format of any listener appears here.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use felucca_protocol::batch::{self, BatchLimits};
-use tokio::sync::Notify;
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 use crate::engine::command::{Command, SeekTo};
 use crate::engine::effect::{GroupDescription, Reply, TopicInfo};
@@ -59,8 +59,7 @@ struct Inner {
     limits: BrokerLimits,
     boot_epoch: u64,
     next_subscription: AtomicU64,
-    stopping: AtomicBool,
-    stop: Notify,
+    stopping: CancellationToken,
 }
 
 impl Broker {
@@ -78,8 +77,7 @@ impl Broker {
             limits,
             boot_epoch,
             next_subscription: AtomicU64::new(1),
-            stopping: AtomicBool::new(false),
-            stop: Notify::new(),
+            stopping: CancellationToken::new(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -114,7 +112,7 @@ impl Broker {
     /// The engine's refusal, or [`BrokerError::Timeout`].
     pub async fn call(&self, command: Command) -> Result<Reply, BrokerError> {
         let (responder, answer) = Once::channel();
-        self.submit([Submission::new(command, responder)]);
+        self.submit([Submission::new(command, responder, 0)]);
         match timeout(CALL_PATIENCE, answer).await {
             Ok(Ok(Reply::Error(error))) => Err(error.into()),
             Ok(Ok(reply)) => Ok(reply),
@@ -229,25 +227,13 @@ impl Broker {
         self.call(command).await.map(drop)
     }
 
-    /// True from the moment that a stop was asked for: nothing new is to be begun.
-    pub fn is_stopping(&self) -> bool {
-        self.inner.stopping.load(Ordering::Acquire)
-    }
-
-    /// Returns when the broker begins to stop.
+    /// Returns when the broker begins to stop: nothing new is to be begun then.
     pub async fn stopping(&self) {
-        let notified = self.inner.stop.notified();
-        tokio::pin!(notified);
-        // Registered before the flag is read, so that no stop is missed.
-        notified.as_mut().enable();
-        if !self.is_stopping() {
-            notified.await;
-        }
+        self.inner.stopping.cancelled().await;
     }
 
     pub(crate) fn begin_stop(&self) {
-        self.inner.stopping.store(true, Ordering::Release);
-        self.inner.stop.notify_waiters();
+        self.inner.stopping.cancel();
     }
 }
 

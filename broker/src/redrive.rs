@@ -224,7 +224,11 @@ impl<'a> Job<'a> {
 
     fn submit(&self, command: Command, correlation: u64) {
         let responder = Responder::new(&self.origin, Token { correlation, tag: 0 });
-        self.broker.submit([Submission::new(command, responder)]);
+        let bytes = match &command {
+            Command::Complete { outputs, .. } => outputs.iter().map(|output| output.batch.bytes.len()).sum(),
+            _ => 0,
+        };
+        self.broker.submit([Submission::new(command, responder, bytes)]);
     }
 
     async fn run(mut self, work: &Work) -> Result<Redriven, RedriveError> {

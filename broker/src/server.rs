@@ -29,8 +29,9 @@ const LOCK_FILE: &str = "LOCK";
 const FORMAT_FILE: &str = "FORMAT";
 /// What this build writes, and the newest that it reads.
 const FORMAT: u32 = 1;
-/// Room in a journal frame for one more request than a turn's bytes, and for what the engine adds.
-const FRAME_SLACK: u64 = 16 << 20;
+/// Room in a journal frame beside the largest request: events may take several times the bytes of the small requests that
+/// they stand for.
+const FRAME_SLACK: u64 = 40 << 20;
 /// Longest that a request waits for admission.
 const ADMISSION_PATIENCE: Duration = Duration::from_secs(30);
 /// A connection of which nothing is heard for so long is closed; clients speak every few seconds.

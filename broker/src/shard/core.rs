@@ -109,9 +109,14 @@ impl Shard {
     /// Begins the run: see [`Engine::boot`]. Nothing may be served before the frame is synced.
     pub(crate) fn boot(&mut self, now: Now, machine_boot: &str) -> Result<(), JournalError> {
         self.engine.boot(now, self.journal.next_lsn(), machine_boot, &mut self.effects);
-        self.commit(now);
+        let release = self.commit(now);
         let synced = self.journal.syncer().sync()?;
         self.learn(News::Synced(synced));
+        for (partition, high_watermark) in release.unwrap_or_default().high_watermarks {
+            if let Some(view) = self.log.views().get(partition) {
+                view.publish(high_watermark);
+            }
+        }
         Ok(())
     }
 
@@ -119,7 +124,8 @@ impl Shard {
     pub(crate) fn stop(&mut self, now: Now) {
         if self.read_only.is_none() {
             self.engine.stop(&mut self.effects);
-            self.commit(now);
+            let release = self.commit(now);
+            self.hand_over(release);
         }
     }
 
@@ -187,8 +193,10 @@ impl Shard {
         } else {
             self.refuse(now, commands);
         }
-        self.commit(now);
+        let release = self.commit(now);
+        // First those whose answers are there, then the thread that makes others wait for the disk.
         self.wakes.wake_all();
+        self.hand_over(release);
     }
 
     /// Everything that the engine does within one frame.
@@ -219,7 +227,7 @@ impl Shard {
     }
 
     fn step(&mut self, now: Now, lsn: Lsn, submission: Submission) {
-        let Submission { command, responder } = submission;
+        let Submission { command, responder, .. } = submission;
         let opens = match &command {
             Command::ShareSubscribe { subscription, .. } => Some(*subscription),
             Command::ShareUnsubscribe { subscription } => {
@@ -276,8 +284,9 @@ impl Shard {
         }
     }
 
-    /// Writes what is staged and lets go what may be shown.
-    fn commit(&mut self, now: Now) {
+    /// Writes what is staged and lets go what may be shown; returns what waits for a sync.
+    fn commit(&mut self, now: Now) -> Option<Release> {
+        let mut release = None;
         if !self.effects.events.is_empty() {
             let events = Engine::encode_frame(now, &mut self.effects);
             let bytes = events.len() + self.effects.batches.iter().map(bytes::Bytes::len).sum::<usize>();
@@ -288,16 +297,26 @@ impl Shard {
                 }
                 Err(error) => {
                     self.latch(error.to_string());
-                    return;
+                    return None;
                 }
             }
             self.show();
-            self.release(self.is_synced());
+            release = Some(self.release(false));
         } else if !self.effects.replies.is_empty() {
             // A shard that is read-only syncs nothing any more, and still answers queries.
-            self.release(self.is_synced() || self.read_only.is_some());
+            let at_once = self.is_synced() || self.read_only.is_some();
+            release = Some(self.release(at_once)).filter(|_| !at_once);
         }
         self.let_go();
+        release
+    }
+
+    /// Gives the sync thread what waits for it.
+    fn hand_over(&self, release: Option<Release>) {
+        if let Some(release) = release {
+            let soon = self.journal.unsynced_bytes() >= self.options.max_unsynced_bytes / 2;
+            self.releases.wrote(release, soon);
+        }
     }
 
     /// Changes what readers can see, though nothing above the high watermark is seen yet.
@@ -312,8 +331,8 @@ impl Shard {
         }
     }
 
-    /// Sends what waits for `written`, and hands over what waits for `synced`.
-    fn release(&mut self, is_synced: bool) {
+    /// Sends what waits for `written` (`is_synced`: and for `synced`), and returns what waits for `synced`.
+    fn release(&mut self, is_synced: bool) -> Release {
         let mut release = Release { lsn: self.written, ..Release::default() };
         for advance in self.effects.advances.drain(..) {
             if advance.level == Level::Synced && !is_synced {
@@ -332,10 +351,7 @@ impl Shard {
             }
         }
         self.requests.clear();
-        if !is_synced {
-            let soon = self.journal.unsynced_bytes() >= self.options.max_unsynced_bytes / 2;
-            self.releases.wrote(release, soon);
-        }
+        release
     }
 
     /// Sends deliveries, and gathers what is to be read.

@@ -18,27 +18,25 @@ use super::sink::Responder;
 /// A command on its way to the engine, and who waits for its answer.
 #[derive(Debug)]
 pub struct Submission {
-    pub command: Command,
-    pub responder: Option<Responder>,
+    pub(crate) command: Command,
+    pub(crate) responder: Option<Responder>,
+    /// What it may add to a journal frame, about.
+    bytes: usize,
 }
 
 impl Submission {
-    pub fn new(command: Command, responder: Responder) -> Self {
-        Self { command, responder: Some(responder) }
+    /// A command that came as `bytes` bytes, and who waits for its answer.
+    pub fn new(command: Command, responder: Responder, bytes: usize) -> Self {
+        Self { command, responder: Some(responder), bytes }
     }
 
-    /// A command without an answer.
+    /// A small command without an answer.
     pub fn silent(command: Command) -> Self {
-        Self { command, responder: None }
-    }
-
-    fn bytes(&self) -> usize {
-        match &self.command {
-            Command::Append { entries, .. } | Command::Complete { outputs: entries, .. } => {
-                entries.iter().map(|entry| entry.batch.bytes.len()).sum()
-            }
+        let bytes = match &command {
+            Command::DeadLetterBuilt { letter: Ok(letter), .. } => letter.bytes.len(),
             _ => 0,
-        }
+        };
+        Self { command, responder: None, bytes }
     }
 }
 
@@ -121,7 +119,7 @@ impl Inbox {
         }
     }
 
-    /// Moves what is queued to `commands` and `news`, within the limits; the first bulk command is taken whatever its size.
+    /// Moves what is queued to `commands` and `news`, within the limits; the first command is taken whatever its size.
     /// Returns true when something that may be taken is left.
     pub(crate) fn drain(
         &self,
@@ -132,20 +130,20 @@ impl Inbox {
         let mut lanes = self.lanes.lock();
         news.append(&mut lanes.news);
         let mut bytes = 0;
-        while commands.len() < limits.commands
-            && bytes < limits.bytes
-            && let Some(submission) = lanes.control.pop_front()
-        {
-            bytes += submission.bytes();
-            commands.push(submission);
-        }
-        while limits.bulk && commands.len() < limits.commands && bytes < limits.bytes {
-            let Some(next) = lanes.bulk.front() else { break };
-            let size = next.bytes();
-            if bytes > 0 && bytes + size > limits.bytes {
+        while commands.len() < limits.commands {
+            let Some(next) = lanes.control.front() else { break };
+            if bytes > 0 && bytes + next.bytes > limits.bytes {
                 break;
             }
-            bytes += size;
+            bytes += next.bytes;
+            commands.extend(lanes.control.pop_front());
+        }
+        while limits.bulk && commands.len() < limits.commands {
+            let Some(next) = lanes.bulk.front() else { break };
+            if bytes > 0 && bytes + next.bytes > limits.bytes {
+                break;
+            }
+            bytes += next.bytes;
             commands.extend(lanes.bulk.pop_front());
         }
         !lanes.control.is_empty() || (limits.bulk && !lanes.bulk.is_empty())
@@ -188,8 +186,13 @@ mod tests {
         let bytes: BytesMut = builder.finish();
         let header = BatchHeader::parse(&bytes).unwrap();
         let partition = PartitionKey { topic: TopicId([0; 16]), partition: 0 };
+        let size = bytes.len();
         let entries = vec![AppendEntry { partition, batch: StagedBatch { header, bytes } }];
-        Submission::silent(Command::Append { level: Level::Synced, entries })
+        Submission {
+            command: Command::Append { level: Level::Synced, entries },
+            responder: None,
+            bytes: size,
+        }
     }
 
     fn drained(inbox: &Inbox, bytes: usize, bulk: bool) -> (usize, bool) {

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use felucca_protocol::{Api, ErrorCode, PROTOCOL_VERSION, message as wire};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::OwnedReadHalf;
-use tokio::time::timeout;
+use tokio::time::{Sleep, sleep, timeout};
 
 use super::NativeSettings;
 use super::convert;
@@ -165,10 +166,13 @@ async fn requests(
         return end;
     }
     let mut seen = Instant::now();
+    // Registered once, not for every frame.
+    let stopping = broker.stopping();
+    tokio::pin!(stopping);
     loop {
         let arrived = tokio::select! {
             arrived = reader.arrived() => arrived,
-            () = broker.stopping() => return End::Stopping,
+            () = &mut stopping => return End::Stopping,
         };
         let admission = match arrived {
             Ok(admission) => admission,
@@ -258,6 +262,19 @@ struct Reader<'a> {
     broken: Option<FrameError>,
     /// Admission of a frame that is larger than a read, of which not everything has come.
     ahead: Option<Admission>,
+    /// When something last came, and when to look at that.
+    heard: Instant,
+    idle: Pin<Box<Sleep>>,
+}
+
+/// What a read means, given everything that is in the buffer after it.
+fn arrival(read: io::Result<usize>, buffer: &BytesMut) -> Result<(), End> {
+    match read {
+        Ok(0) if buffer.is_empty() => Err(End::Closed),
+        Ok(0) => Err(End::Truncated),
+        Ok(_) => Ok(()),
+        Err(error) => Err(End::Io(error)),
+    }
 }
 
 impl<'a> Reader<'a> {
@@ -272,6 +289,8 @@ impl<'a> Reader<'a> {
             frames: Vec::new(),
             broken: None,
             ahead: None,
+            heard: Instant::now(),
+            idle: Box::pin(sleep(settings.idle_timeout)),
         }
     }
 
@@ -300,9 +319,26 @@ impl<'a> Reader<'a> {
                 return Err(error.into());
             }
             self.make_room().await?;
-            match timeout(self.settings.idle_timeout, self.read()).await {
-                Ok(read) => read?,
-                Err(_) => return Err(End::Idle(self.settings.idle_timeout)),
+            self.read_or_idle().await?;
+        }
+    }
+
+    /// Reads once. The timer is set anew when it fires, not for every read.
+    async fn read_or_idle(&mut self) -> Result<(), End> {
+        let patience = self.settings.idle_timeout;
+        let Self { socket, buffer, idle, .. } = self;
+        loop {
+            tokio::select! {
+                read = socket.read_buf(buffer) => {
+                    self.heard = Instant::now();
+                    return arrival(read, buffer);
+                }
+                () = idle.as_mut() => {
+                    if self.heard.elapsed() >= patience {
+                        return Err(End::Idle(patience));
+                    }
+                    idle.as_mut().reset((self.heard + patience).into());
+                }
             }
         }
     }
@@ -361,12 +397,8 @@ impl<'a> Reader<'a> {
             self.buffer.reserve(READ_BYTES);
             self.block = self.buffer.capacity();
         }
-        match self.socket.read_buf(&mut self.buffer).await {
-            Ok(0) if self.buffer.is_empty() => Err(End::Closed),
-            Ok(0) => Err(End::Truncated),
-            Ok(_) => Ok(()),
-            Err(error) => Err(End::Io(error)),
-        }
+        let read = self.socket.read_buf(&mut self.buffer).await;
+        arrival(read, &self.buffer)
     }
 
     /// Throws away what still comes, for a moment.

@@ -98,6 +98,7 @@ impl Dispatcher {
             return Err(invalid(format!("a client sends requests only, not {:?}", frame.kind)));
         }
         let (number, correlation) = (frame.api, frame.correlation);
+        let bytes = frame.message.len() + frame.payload.len();
         let next = match Api::try_from(number) {
             Ok(api) => self.begin(api, frame, pinned),
             Err(unknown) => Err(wire::Error::new(ErrorCode::UnknownApi, unknown.to_string())),
@@ -105,7 +106,7 @@ impl Dispatcher {
         match next {
             Ok(Next::Command(command)) => {
                 let responder = Responder::new(origin, Token { correlation, tag: number });
-                self.batch.push(Submission::new(command, responder));
+                self.batch.push(Submission::new(command, responder, bytes));
             }
             Ok(Next::Reply(head)) => {
                 self.outbox.send(OutFrame { head, payload: Vec::new(), origin: Some(origin.clone()) });
