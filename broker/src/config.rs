@@ -4,6 +4,7 @@
 //! and the check of `docs/configuration.md` all come from it. A key that it does not hold is an error that names the nearest
 //! one, so that a misspelt setting is never silently the default.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -74,12 +75,12 @@ pub static KEYS: &[Key] = &[
     key("max-connections", Kind::Count(|s| &mut s.max_connections, 1, 1_000_000), "Open connections"),
     key(
         "in-flight-bytes",
-        Kind::Bytes(|s| &mut s.in_flight_bytes, ByteSize::mib(1), ByteSize::gib(64)),
+        Kind::Bytes(|s| &mut s.in_flight_bytes, ByteSize::mib(1), ByteSize::gib(2)),
         "Bytes of unanswered requests, all connections together",
     ),
     key(
         "connection-in-flight-bytes",
-        Kind::Bytes(|s| &mut s.connection_in_flight_bytes, ByteSize::kib(128), ByteSize::gib(4)),
+        Kind::Bytes(|s| &mut s.connection_in_flight_bytes, ByteSize::kib(128), ByteSize::gib(2)),
         "Bytes of unanswered requests per connection",
     ),
     key(
@@ -306,8 +307,21 @@ pub enum ConfigError {
     UnknownKey { origin: String, key: String, nearest: String },
     #[error("{key} = {value} (from {origin}): expected {allowed}")]
     BadValue { origin: Origin, key: &'static str, value: String, allowed: String },
+    #[error("the value of {0} is not UTF-8")]
+    NotUtf8(String),
     #[error(transparent)]
     Conflict(#[from] SettingsError),
+}
+
+/// The variables of this process that concern settings, the configuration file's name not among them.
+pub fn environment() -> Result<Vec<(String, String)>, ConfigError> {
+    let ours = |(name, value): (OsString, OsString)| {
+        let name =
+            name.into_string().ok().filter(|name| name.starts_with(ENV_PREFIX) && name != ENV_CONFIG)?;
+        let value = value.into_string().map_err(|_| ConfigError::NotUtf8(name.clone()));
+        Some(value.map(|value| (name, value)))
+    };
+    std::env::vars_os().filter_map(ours).collect()
 }
 
 /// Settings and where each came from.
@@ -319,7 +333,7 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// Puts the sources on top of one another. `environment` may hold foreign variables; `flags` are pairs of a flag name
+    /// Puts the sources on top of one another. `environment` is what [`environment`] gives; `flags` are pairs of a flag name
     /// without dashes (one of [`Key::flag`]) and its value.
     pub fn new(
         file: Option<&Path>,
@@ -334,10 +348,8 @@ impl Loaded {
             loaded.add_file(path, &text)?;
         }
         for (name, value) in environment {
-            if name.starts_with(ENV_PREFIX) && name != ENV_CONFIG {
-                let index = find(&name, Key::env, || "the environment".to_owned())?;
-                loaded.set(index, &value, Origin::Environment(name))?;
-            }
+            let index = find(&name, Key::env, || "the environment".to_owned())?;
+            loaded.set(index, &value, Origin::Environment(name))?;
         }
         for (flag, value) in flags {
             let index = find(flag, Key::flag, || "the flags".to_owned())?;
@@ -434,12 +446,7 @@ mod tests {
     fn later_sources_overrule_earlier_ones() {
         let file =
             "max-headers = 1\nmax-connections = 1\nopen-files = 100\n[journal]\nsync-interval = \"7ms\"\n";
-        let environment = [
-            ("FELUCCA_SERVER_MAX_CONNECTIONS", "2"),
-            ("FELUCCA_SERVER_OPEN_FILES", "200"),
-            ("FELUCCA_SERVER_CONFIG", "elsewhere.toml"),
-            ("PATH", "/bin"),
-        ];
+        let environment = [("FELUCCA_SERVER_MAX_CONNECTIONS", "2"), ("FELUCCA_SERVER_OPEN_FILES", "200")];
         let loaded = load(Some(file), &environment, &[("open-files", "300")]).unwrap();
         let settings = &loaded.settings;
         assert_eq!((settings.max_headers, settings.max_connections, settings.open_files), (1, 2, 300));
