@@ -176,6 +176,8 @@ fn value(byte: u8) -> Vec<u8> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
     #[test]
     fn what_was_committed_survives_power_cuts(operations in prop::collection::vec(operation(), 1..14)) {
         let disk = MemDisk::new();

@@ -196,3 +196,162 @@ impl Queue {
         lane.bytes
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use bytes::Bytes;
+    use tokio::sync::Semaphore;
+
+    use super::*;
+    use crate::disk::MemDisk;
+    use crate::engine::PartitionInfo;
+    use crate::engine::effect::SegmentName;
+    use crate::engine::types::TopicId;
+    use crate::log::files::SegmentFiles;
+    use crate::log::segment::Segment;
+    use crate::log::tail::TailBudget;
+    use crate::log::view::LogContext;
+
+    const LINGER: Duration = Duration::from_millis(100);
+
+    struct Partition {
+        view: Arc<ReadView>,
+        segment: Arc<Segment>,
+        position: u64,
+    }
+
+    fn partition(number: u32) -> Partition {
+        let partition = PartitionKey { topic: TopicId([1; 16]), partition: number };
+        let name = SegmentName { partition, base_offset: 0, generation: 0 };
+        let info = PartitionInfo {
+            partition,
+            topic: String::new(),
+            log_start: 0,
+            end: 0,
+            segments: vec![(name, 0)],
+        };
+        let context = LogContext {
+            files: SegmentFiles::new(Arc::new(MemDisk::new()), Path::new("/").into(), 1, 0),
+            budget: TailBudget::new(0),
+            disk_reads: Arc::new(Semaphore::new(1)),
+        };
+        let view = Arc::new(ReadView::new(Arc::new(context), &info));
+        let segment = Arc::clone(&view.segments()[0]);
+        Partition { view, segment, position: 0 }
+    }
+
+    impl Partition {
+        fn push(&mut self, queue: &mut Queue, now: Instant, bytes: usize) {
+            let batch = PlacedBatch {
+                segment: Arc::clone(&self.segment),
+                position: self.position,
+                base_offset: self.position,
+                last_offset: self.position,
+                max_timestamp: 0,
+                bytes: Bytes::from(vec![0; bytes]),
+            };
+            self.position += bytes as u64;
+            queue.push(now, &self.view, batch);
+        }
+    }
+
+    /// Takes the next run and reports its partition and bytes.
+    fn run(queue: &mut Queue, now: Instant, eager: bool) -> Option<(u32, usize)> {
+        let Next::Write(run) = queue.next(now, eager) else { return None };
+        queue.done(&run);
+        let bytes = run.batches.iter().map(|batch| batch.bytes.len()).sum();
+        Some((run.view.partition().partition, bytes))
+    }
+
+    #[test]
+    fn small_writes_wait_for_company_and_large_ones_do_not() {
+        let now = Instant::now();
+        let mut queue = Queue::new(LINGER);
+        let (mut a, mut b) = (partition(0), partition(1));
+        a.push(&mut queue, now, 100);
+        a.push(&mut queue, now + LINGER / 2, 100);
+        b.push(&mut queue, now + LINGER / 2, FULL_BYTES);
+        assert_eq!(run(&mut queue, now + LINGER / 2, false), Some((1, FULL_BYTES)));
+        let Next::Wait(wait) = queue.next(now + LINGER / 2, false) else { panic!("a small write is due") };
+        assert_eq!(wait, LINGER / 2);
+        assert_eq!(run(&mut queue, now + LINGER, false), Some((0, 200)));
+        assert!(matches!(queue.next(now + LINGER, false), Next::Empty));
+    }
+
+    #[test]
+    fn full_lanes_take_turns_and_starve_nobody() {
+        let now = Instant::now();
+        let mut queue = Queue::new(LINGER);
+        let (mut a, mut b, mut c) = (partition(0), partition(1), partition(2));
+        for _ in 0..3 {
+            a.push(&mut queue, now, RUN_BYTES);
+            b.push(&mut queue, now, RUN_BYTES);
+        }
+        c.push(&mut queue, now, 10);
+        let order: Vec<u32> =
+            std::iter::from_fn(|| run(&mut queue, now, false)).map(|(partition, _)| partition).collect();
+        assert_eq!(order, [0, 1, 0, 1, 0, 1]);
+        for _ in 0..10 {
+            a.push(&mut queue, now + LINGER, RUN_BYTES);
+        }
+        assert_eq!(run(&mut queue, now + LINGER, false), Some((2, 10)), "its time has come");
+        assert_eq!(run(&mut queue, now + LINGER, false), Some((0, RUN_BYTES)));
+    }
+
+    #[test]
+    fn a_run_is_bounded_and_never_skips() {
+        let now = Instant::now();
+        let mut queue = Queue::new(LINGER);
+        let mut a = partition(0);
+        for _ in 0..RUN_BATCHES + 5 {
+            a.push(&mut queue, now, 1);
+        }
+        a.position += 1;
+        a.push(&mut queue, now, RUN_BYTES + 1);
+        assert_eq!(run(&mut queue, now, true), Some((0, RUN_BATCHES)));
+        assert_eq!(run(&mut queue, now, true), Some((0, 5)), "what does not follow is a write of its own");
+        assert_eq!(run(&mut queue, now, true), Some((0, RUN_BYTES + 1)), "one batch is always taken");
+        assert_eq!(run(&mut queue, now, true), None);
+    }
+
+    #[test]
+    fn a_barrier_makes_everything_before_it_due() {
+        let now = Instant::now();
+        let mut queue = Queue::new(LINGER);
+        let (mut a, mut b, mut c) = (partition(0), partition(1), partition(2));
+        for partition in [&mut a, &mut b, &mut c] {
+            partition.push(&mut queue, now, 10);
+        }
+        let Next::Write(in_flight) = queue.next(now, true) else { panic!("nothing to write") };
+        queue.set_barrier();
+        a.push(&mut queue, now, 10);
+        assert_eq!(run(&mut queue, now, false), Some((1, 10)));
+        assert!(!queue.reached_barrier());
+        assert_eq!(queue.discard(c.view.partition()), 10);
+        assert!(!queue.reached_barrier(), "one is being written");
+        queue.done(&in_flight);
+        assert!(queue.reached_barrier());
+        assert!(matches!(queue.next(now, false), Next::Wait(_)), "what came later may linger");
+        queue.set_barrier();
+        assert!(!queue.reached_barrier());
+        assert_eq!(run(&mut queue, now, false), Some((0, 10)));
+        assert!(queue.reached_barrier());
+    }
+
+    #[test]
+    fn lines_do_not_grow_with_lanes_that_had_their_turn() {
+        let now = Instant::now();
+        let mut queue = Queue::new(LINGER);
+        let (mut a, mut b) = (partition(0), partition(1));
+        for _ in 0..100 {
+            a.push(&mut queue, now, FULL_BYTES);
+            b.push(&mut queue, now, FULL_BYTES);
+            assert!(run(&mut queue, now, true).is_some());
+            assert!(run(&mut queue, now, false).is_some());
+        }
+        assert!(matches!(queue.next(now, true), Next::Empty));
+        assert_eq!((queue.turns.len(), queue.full.len(), queue.lanes.len()), (0, 0, 0));
+    }
+}

@@ -129,6 +129,10 @@ pub(crate) fn start(
     }
     tracing::info!(checkpoint = from, frames, millis = began.elapsed().as_millis(), "recovered");
 
+    if let Err(error) = log.condemn_unknown() {
+        tracing::warn!(%error, "cannot look for segments of deleted topics; they stay on disk");
+    }
+
     let syncer = journal.syncer();
     let releases = Arc::new(Releases::new(options.sync_interval));
     let mut clock = Clock::starting_at(checkpoint_ms.max(engine.monotonic_ms()));
