@@ -20,6 +20,8 @@ mod recovery;
 mod release;
 mod runner;
 mod sink;
+#[cfg(test)]
+mod tests;
 
 pub use admission::{Admission, ConnectionGate, Gate, Overloaded, REQUEST_OVERHEAD};
 pub(crate) use clock::wall_ms;

@@ -1,0 +1,220 @@
+//! The shard with its threads on a disk that fails and loses power.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use felucca_protocol::batch::{self, BatchBuilder, BatchHeader, BatchLimits};
+use tokio::runtime::Handle;
+
+use super::core::ShardOptions;
+use super::recovery::{Running, StorageOptions, start};
+use super::runner::CheckpointOptions;
+use super::{Gate, StartError};
+use crate::broker::{Broker, BrokerError, BrokerLimits};
+use crate::disk::{Disk, MemDisk, WriteFault};
+use crate::engine::command::{AppendEntry, Command, StagedBatch};
+use crate::engine::config::EngineSettings;
+use crate::engine::effect::Reply;
+use crate::engine::error::EngineError;
+use crate::engine::types::{Level, PartitionKey, TopicId};
+use crate::journal::JournalOptions;
+use crate::log::LogOptions;
+
+const TOPIC: TopicId = TopicId([7; 16]);
+const PARTITION: PartitionKey = PartitionKey { topic: TOPIC, partition: 0 };
+
+fn options() -> StorageOptions {
+    StorageOptions {
+        engine: EngineSettings { segment_bytes: 64 << 10, ..EngineSettings::default() },
+        journal: JournalOptions {
+            first_file_bytes: 64 << 10,
+            file_bytes: 1 << 20,
+            ..JournalOptions::default()
+        },
+        log: LogOptions { linger: Duration::from_millis(1), ..LogOptions::default() },
+        shard: ShardOptions { max_unsynced_bytes: 1 << 20 },
+        // Often, so that every test runs over some.
+        checkpoint: CheckpointOptions { interval: Duration::from_millis(50), journal_bytes: 32 << 10 },
+        sync_interval: Duration::from_millis(5),
+    }
+}
+
+/// A shard on the disk, and its door.
+async fn open(disk: &MemDisk) -> Result<(Running, Broker), StartError> {
+    let disk: Arc<dyn Disk> = Arc::new(disk.clone());
+    let runtime = Handle::current();
+    let running = tokio::task::spawn_blocking(move || start(&disk, Path::new("/data"), options(), runtime));
+    let running = running.await.unwrap()?;
+    let limits = BrokerLimits {
+        batch: BatchLimits { max_batch_bytes: 1 << 20, max_record_bytes: 1 << 20, max_headers: 10 },
+        session_timeout: Duration::from_secs(10),
+    };
+    let gate = Gate::new(1 << 20, Duration::from_secs(1));
+    let broker = Broker::new(running.inbox.clone(), running.views.clone(), gate, limits, running.boot_epoch);
+    Ok((running, broker))
+}
+
+async fn close(running: Running) {
+    tokio::task::spawn_blocking(move || running.stop()).await.unwrap();
+}
+
+async fn create_topic(broker: &Broker, config: &[(&str, &str)]) {
+    let config = config.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+    let create = Command::CreateTopic { id: TOPIC, name: "orders".to_owned(), partitions: 1, config };
+    broker.call(create).await.unwrap();
+}
+
+async fn append(broker: &Broker, level: Level, value: u64) -> Result<u64, BrokerError> {
+    let mut builder = BatchBuilder::new();
+    builder.push(0, None, Some(value.to_string().as_bytes()), &[]).unwrap();
+    let bytes = builder.finish();
+    let batch = StagedBatch { header: BatchHeader::parse(&bytes).unwrap(), bytes };
+    let entries = vec![AppendEntry { partition: PARTITION, batch }];
+    match broker.call(Command::Append { level, entries }).await? {
+        Reply::Appended(mut results) => Ok(results.remove(0)?.base_offset),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Every visible record's offset and value.
+async fn visible(broker: &Broker) -> Vec<(u64, u64)> {
+    let view = broker.view(PARTITION).unwrap();
+    let mut records = Vec::new();
+    let mut offset = view.log_start();
+    while offset < view.high_watermark() {
+        for batch in view.fetch(offset, 4096).await.unwrap() {
+            for record in batch::records(&batch).unwrap() {
+                let record = record.unwrap();
+                let value = std::str::from_utf8(record.value.as_ref().unwrap()).unwrap().parse().unwrap();
+                offset = record.offset + 1;
+                records.push((record.offset, value));
+            }
+        }
+    }
+    records
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_synced_survives_any_power_cut() {
+    for seed in 0..20 {
+        let disk = MemDisk::new();
+        let (running, broker) = open(&disk).await.unwrap();
+        create_topic(&broker, &[]).await;
+        let acknowledged = Arc::new(parking_lot::Mutex::new(Vec::new()));
+        let producers: Vec<_> = (0..4)
+            .map(|producer| {
+                let (broker, acknowledged) = (broker.clone(), acknowledged.clone());
+                tokio::spawn(async move {
+                    for at in 0..100 {
+                        let value = producer * 1000 + at;
+                        let Ok(offset) = append(&broker, Level::Synced, value).await else { return };
+                        acknowledged.lock().push((offset, value));
+                    }
+                })
+            })
+            .collect();
+        let enough = 20 + (seed as usize * 17) % 300;
+        while acknowledged.lock().len() < enough {
+            tokio::task::yield_now().await;
+        }
+        // From here on nothing is acknowledged any more: what is in flight meets a dead disk.
+        let promised = acknowledged.lock().clone();
+        disk.power_cut(seed);
+        for producer in producers {
+            producer.await.unwrap();
+        }
+        close(running).await;
+
+        let (running, broker) = open(&disk).await.unwrap();
+        let found = visible(&broker).await;
+        for promise in &promised {
+            assert!(found.contains(promise), "seed {seed}: {promise:?} was acknowledged and is lost");
+        }
+        assert!(found.iter().map(|(offset, _)| *offset).eq(0..found.len() as u64), "seed {seed}");
+        assert_eq!(append(&broker, Level::Synced, 9999).await.unwrap(), found.len() as u64);
+        close(running).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clean_stop_keeps_everything_over_many_checkpoints() {
+    let disk = MemDisk::new();
+    for round in 0..5 {
+        let (running, broker) = open(&disk).await.unwrap();
+        if round == 0 {
+            create_topic(&broker, &[]).await;
+        }
+        assert_eq!(visible(&broker).await.len(), round * 300);
+        let appends = (0..300).map(|value| {
+            let broker = broker.clone();
+            tokio::spawn(async move { append(&broker, Level::Synced, value).await.unwrap() })
+        });
+        for append in appends.collect::<Vec<_>>() {
+            append.await.unwrap();
+        }
+        close(running).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_write_latches_and_its_frame_is_never_shown() {
+    let disk = MemDisk::new();
+    let (running, broker) = open(&disk).await.unwrap();
+    create_topic(&broker, &[]).await;
+    append(&broker, Level::Synced, 1).await.unwrap();
+    // Whatever writes next fails; the journal will meet it, or the segments, and both end the writing.
+    disk.fail_write(0, WriteFault::Io);
+    let mut accepted = vec![1];
+    let refused = loop {
+        let value = accepted.len() as u64 + 1;
+        match append(&broker, Level::Synced, value).await {
+            Ok(_) => accepted.push(value),
+            Err(error) => break error,
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    };
+    assert!(matches!(refused, BrokerError::Engine(EngineError::ReadOnly(_))), "{refused}");
+    let again = append(&broker, Level::Synced, 100).await.unwrap_err();
+    assert_eq!(refused.to_string(), again.to_string(), "the first reason wins");
+    // Reads and queries go on.
+    let shown = visible(&broker).await;
+    assert!(shown.iter().map(|(_, value)| *value).eq(accepted.iter().copied()));
+    assert_eq!(broker.topic("orders").await.unwrap().id, TOPIC);
+    close(running).await;
+    disk.kill();
+
+    let (running, broker) = open(&disk).await.unwrap();
+    let found: Vec<u64> = visible(&broker).await.into_iter().map(|(_, value)| value).collect();
+    assert!(found.starts_with(&accepted), "{found:?} has lost some of {accepted:?}");
+    close(running).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_sync_answers_whoever_waits() {
+    let disk = MemDisk::new();
+    let (running, broker) = open(&disk).await.unwrap();
+    create_topic(&broker, &[("allow-written", "true")]).await;
+    append(&broker, Level::Synced, 1).await.unwrap();
+    disk.fail_sync(0);
+    let mut refused = None;
+    for value in 2..1000 {
+        if let Err(error) = append(&broker, Level::Synced, value).await {
+            refused = Some(error);
+            break;
+        }
+    }
+    assert!(matches!(refused, Some(BrokerError::Engine(EngineError::ReadOnly(_)))), "{refused:?}");
+    let later = append(&broker, Level::Written, 1001).await.unwrap_err();
+    assert!(matches!(later, BrokerError::Engine(EngineError::ReadOnly(_))), "{later}");
+    close(running).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_calls_a_stopped_shard_is_told() {
+    let disk = MemDisk::new();
+    let (running, broker) = open(&disk).await.unwrap();
+    close(running).await;
+    let error = broker.call(Command::ListGroups).await.unwrap_err();
+    assert!(matches!(error, BrokerError::Engine(EngineError::Stopping)), "{error}");
+}
