@@ -158,23 +158,29 @@ impl Disk for RealDisk {
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
         let mut missing: Vec<PathBuf> = Vec::new();
-        let mut next = Some(path);
-        while let Some(dir) = next {
-            if dir.as_os_str().is_empty() || dir.is_dir() {
-                break;
-            }
-            missing.push(dir.to_path_buf());
-            next = dir.parent();
+        let mut deepest = path;
+        while !deepest.as_os_str().is_empty() && !deepest.is_dir() {
+            missing.push(deepest.to_path_buf());
+            deepest = deepest.parent().unwrap_or(Path::new(""));
+        }
+        let sync_parent = |dir: &Path| match dir.parent() {
+            Some(parent) if parent.as_os_str().is_empty() => self.sync_dir(Path::new(".")),
+            Some(parent) => self.sync_dir(parent),
+            None => Ok(()),
+        };
+        // The deepest one that is there may be from a process that died before it had synced its name. Where its parent
+        // may not be read, somebody else has made it.
+        match sync_parent(deepest) {
+            Err(error) if error.kind() != io::ErrorKind::PermissionDenied => return Err(error),
+            _ => {}
         }
         for dir in missing.iter().rev() {
             match std::fs::create_dir(dir) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists || !dir.is_dir() => {
                     return Err(error);
                 }
-                _ => {}
+                _ => sync_parent(dir)?,
             }
-            let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
-            self.sync_dir(parent.unwrap_or(Path::new(".")))?;
         }
         Ok(())
     }

@@ -44,8 +44,7 @@ pub use frame::FrameKind;
 pub use syncer::Syncer;
 pub use writer::{Journal, Recovered};
 
-/// Number of a data frame: the first is 1, each next is one more. 0 = before every frame.
-pub type Lsn = u64;
+use crate::engine::types::Lsn;
 
 /// Sizes and habits of a journal. Sizes are rounded up to whole sectors.
 #[derive(Clone, Debug)]

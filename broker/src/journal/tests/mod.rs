@@ -2,6 +2,7 @@
 
 mod basics;
 mod damage;
+mod power;
 
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
@@ -21,7 +22,7 @@ fn small() -> JournalOptions {
         first_file_bytes: 2048,
         file_bytes: 8192,
         max_frame_bytes: 6000,
-        spare_files: 1,
+        spare_files: 2,
         background: false,
     }
 }
