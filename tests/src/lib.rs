@@ -1,3 +1,8 @@
 //! What the whole-system tests share.
 
 pub mod process;
+
+/// Compiles the example in README.md.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

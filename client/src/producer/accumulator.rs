@@ -79,9 +79,16 @@ impl Accumulator {
         self.open_records == 0
     }
 
-    /// The partition that records without a key go to until its batch is closed.
+    /// The partition that records without a key go to: the same while its batches fill or are in flight, so that batches
+    /// grow; the next one when it is idle, so that a slow producer uses all partitions.
     pub(super) fn sticky_partition(&mut self, topic: &TopicRef) -> u32 {
-        *self.sticky.entry(topic.id.clone()).or_insert(0) % topic.partitions.max(1)
+        let partitions = topic.partitions.max(1);
+        let sticky = self.sticky.entry(topic.id.clone()).or_insert(0);
+        let lane = self.lanes.get(&(topic.id.clone(), *sticky % partitions));
+        if lane.is_some_and(|lane| lane.gathering.is_empty() && lane.in_flight == 0) {
+            *sticky = sticky.wrapping_add(1);
+        }
+        *sticky % partitions
     }
 
     /// Encodes a record into its partition's batch. Answers its place, and whether the sender has something to do.
@@ -112,7 +119,8 @@ impl Accumulator {
         if next {
             if !lane.gathering.is_empty() && key.is_none() {
                 // The next records without a key go to the next partition.
-                *self.sticky.entry(topic.id.clone()).or_insert(0) += 1;
+                let sticky = self.sticky.entry(topic.id.clone()).or_insert(0);
+                *sticky = sticky.wrapping_add(1);
             }
             let capacity = self.max_batch_bytes.min(16 << 10).max(permits + 128);
             lane.gathering.push_back(Gathering {
