@@ -94,6 +94,26 @@ pub static KEYS: &[Key] = &[
         "Time for a new connection to say hello",
     ),
     key(
+        "admission-timeout",
+        Kind::Time(|s| &mut s.admission_timeout, MILLI, Duration::from_mins(5)),
+        "Time for a request to find room before it is refused",
+    ),
+    key(
+        "idle-timeout",
+        Kind::Time(|s| &mut s.idle_timeout, SECOND, HOUR),
+        "Silence after which a connection is closed",
+    ),
+    key(
+        "write-timeout",
+        Kind::Time(|s| &mut s.write_timeout, MILLI, Duration::from_mins(10)),
+        "Time for a client to take something of what is written to it",
+    ),
+    key(
+        "outbox-bytes",
+        Kind::Bytes(|s| &mut s.outbox_bytes, ByteSize::kib(64), ByteSize::gib(1)),
+        "Records queued for one connection",
+    ),
+    key(
         "shutdown-timeout",
         Kind::Time(|s| &mut s.shutdown_timeout, Duration::ZERO, Duration::from_mins(10)),
         "How long a stopping server waits for running requests",

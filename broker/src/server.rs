@@ -32,14 +32,6 @@ const FORMAT: u32 = 1;
 /// Room in a journal frame beside the largest request: events may take several times the bytes of the small requests that
 /// they stand for.
 const FRAME_SLACK: u64 = 40 << 20;
-/// Longest that a request waits for admission.
-const ADMISSION_PATIENCE: Duration = Duration::from_secs(30);
-/// A connection of which nothing is heard for so long is closed; clients speak every few seconds.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
-/// A client that takes nothing for so long is disconnected.
-const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Records queued for one connection.
-const OUTBOX_BYTES: usize = 8 << 20;
 
 /// Why a server did not start.
 #[derive(Debug, thiserror::Error)]
@@ -99,7 +91,7 @@ impl Server {
         });
         let (lock, running) = opening.await.map_err(|_| ServerError::Panicked)??;
 
-        let gate = Gate::new(settings.in_flight_bytes.as_u32(), ADMISSION_PATIENCE);
+        let gate = Gate::new(settings.in_flight_bytes.as_u32(), settings.admission_timeout);
         let limits = BrokerLimits {
             batch: BatchLimits {
                 max_batch_bytes: settings.max_batch_bytes.as_u32(),
@@ -226,10 +218,10 @@ fn native_settings(settings: &ServerSettings) -> NativeSettings {
         max_frame_bytes: settings.max_frame_bytes.as_u32(),
         max_connections: settings.max_connections as usize,
         connection_in_flight_bytes: settings.connection_in_flight_bytes.as_u32(),
-        outbox_bytes: OUTBOX_BYTES,
+        outbox_bytes: settings.outbox_bytes.as_usize(),
         handshake_timeout: settings.handshake_timeout,
-        idle_timeout: IDLE_TIMEOUT.max(settings.session_timeout * 3),
-        write_timeout: WRITE_TIMEOUT,
+        idle_timeout: settings.idle_timeout.max(settings.session_timeout * 3),
+        write_timeout: settings.write_timeout,
     }
 }
 

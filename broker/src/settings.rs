@@ -117,6 +117,14 @@ pub struct ServerSettings {
     pub session_timeout: Duration,
     /// A connection that has not said hello after so long is closed.
     pub handshake_timeout: Duration,
+    /// A request for whose bytes there is no room after so long is refused.
+    pub admission_timeout: Duration,
+    /// A connection of which nothing is heard for so long is closed; never less than three session timeouts.
+    pub idle_timeout: Duration,
+    /// A client that takes nothing of what is written to it for so long is disconnected.
+    pub write_timeout: Duration,
+    /// Records queued for one connection and not yet written.
+    pub outbox_bytes: ByteSize,
     /// How long a stopping server waits for running requests.
     pub shutdown_timeout: Duration,
     pub journal: JournalSettings,
@@ -191,6 +199,10 @@ impl Default for ServerSettings {
             connection_in_flight_bytes: ByteSize::mib(32),
             session_timeout: Duration::from_secs(10),
             handshake_timeout: Duration::from_secs(5),
+            admission_timeout: Duration::from_secs(30),
+            idle_timeout: Duration::from_mins(2),
+            write_timeout: Duration::from_secs(20),
+            outbox_bytes: ByteSize::mib(8),
             shutdown_timeout: Duration::from_secs(10),
             journal: JournalSettings {
                 first_file_bytes: ByteSize::mib(4),

@@ -21,7 +21,8 @@ fn settings_table() -> String {
     let defaults = ServerSettings::default();
     let mut table = String::from("| Key | Default | Possible | Meaning |\n|---|---|---|---|\n");
     for key in KEYS {
-        writeln!(table, "| `{}` | `{}` | {} | {} |", key.name, key.show(&defaults), key.allowed(), key.help).unwrap();
+        writeln!(table, "| `{}` | `{}` | {} | {} |", key.name, key.show(&defaults), key.allowed(), key.help)
+            .unwrap();
     }
     table
 }
@@ -65,6 +66,9 @@ fn every_subcommand_is_described() {
     subcommands(&[], &mut found);
     assert!(found.len() > 20, "{found:?}");
     for command in found {
-        assert!(text.contains(&format!("`felucca {command}")), "docs/cli.md does not describe `felucca {command}`");
+        assert!(
+            text.contains(&format!("`felucca {command}")),
+            "docs/cli.md does not describe `felucca {command}`"
+        );
     }
 }

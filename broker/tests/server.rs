@@ -312,6 +312,69 @@ async fn a_client_that_takes_nothing_does_not_hold_up_others() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_takes_nothing_is_disconnected() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut settings = settings(dir.path());
+    settings.write_timeout = Duration::from_millis(300);
+    let server = Server::start(settings.clone()).await.unwrap();
+    let mut slow = Connection::open(server.local_addr()).await;
+    let topic = slow.create_topic("orders", 1).await;
+    let mut builder = BatchBuilder::new();
+    builder.push(0, None, Some(&vec![1; 900_000]), &[]).unwrap();
+    slow.produce(&topic, 0, msg::Level::Synced, builder.finish()).await;
+    for _ in 0..100 {
+        let fetch = msg::Fetch {
+            topic_id: topic.clone(),
+            partition: 0,
+            offset: 0,
+            max_bytes: 1 << 20,
+            max_wait_ms: 0,
+        };
+        slow.send(Api::Fetch, &fetch, &[]);
+    }
+    slow.flush().await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    // What the sockets held can still be read; then comes the end, long before the last answer.
+    let mut answers = 0;
+    while slow.try_receive().await.is_some() {
+        answers += 1;
+    }
+    assert!(answers < 100);
+    assert_eq!(server.broker().gate().available(), settings.in_flight_bytes.as_usize());
+    server.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn silence_ends_a_connection_with_a_word() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut settings = settings(dir.path());
+    settings.session_timeout = Duration::from_millis(100);
+    settings.idle_timeout = Duration::from_millis(300);
+    settings.handshake_timeout = Duration::from_millis(300);
+    let server = Server::start(settings).await.unwrap();
+    let mut idle = Connection::open(server.local_addr()).await;
+    let mut silent = Connection::bare(server.local_addr()).await;
+    assert_eq!(idle.last_error().await, ErrorCode::Timeout);
+    assert_eq!(silent.last_error().await, ErrorCode::Timeout);
+    server.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_connection_too_many_is_told_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut settings = settings(dir.path());
+    settings.max_connections = 2;
+    let server = Server::start(settings).await.unwrap();
+    let first = Connection::open(server.local_addr()).await;
+    let mut second = Connection::open(server.local_addr()).await;
+    let mut third = Connection::bare(server.local_addr()).await;
+    assert_eq!(third.last_error().await, ErrorCode::LimitReached);
+    drop(first);
+    second.call::<msg::Empty>(Api::Ping, &msg::Ping {}).await.unwrap();
+    server.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_data_directory_serves_one_broker_and_no_newer_format() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(settings(dir.path())).await.unwrap();

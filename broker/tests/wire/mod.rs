@@ -109,6 +109,11 @@ impl Connection {
         }
     }
 
+    /// The next frame of any kind; `None` at the end.
+    pub(crate) async fn try_receive(&mut self) -> Option<Frame> {
+        self.next_frame().await
+    }
+
     /// The next frame that is no push.
     pub(crate) async fn receive(&mut self) -> Frame {
         loop {
