@@ -110,7 +110,7 @@ async fn produce(client: Client, stop: Arc<AtomicBool>) -> Vec<((u32, u64), (u64
         let record = Record::new("orders", format!("{key} {value}")).key(key.to_string());
         pending.push(((key, value), producer.enqueue(record).await.unwrap()));
         if next % KEYS == 0 {
-            sleep(Duration::from_millis(2)).await;
+            sleep(Duration::from_millis(50)).await;
         }
     }
     let mut acknowledged = Vec::with_capacity(pending.len());
