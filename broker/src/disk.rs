@@ -51,11 +51,26 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// Creates a directory with its parents and makes them durable; an existing one is fine.
     fn create_dir(&self, path: &Path) -> io::Result<()>;
 
+    /// Creates a directory with its parents; each is on the device only once [`Disk::sync_dir`] has returned for the one
+    /// it is in. For many directories at a time, where [`Disk::create_dir`] would sync for each.
+    fn make_dir(&self, path: &Path) -> io::Result<()>;
+
+    /// The file system that holds a directory.
+    fn file_system(&self, dir: &Path) -> io::Result<Arc<dyn FileSystem>>;
+
     /// Removes an empty directory. A crash may bring it back.
     fn remove_dir(&self, path: &Path) -> io::Result<()>;
 
     /// Makes every name created, renamed or removed in the directory so far durable.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
+}
+
+/// A whole file system, for syncing many files at a time. Open it before they are written: a write-back that fails
+/// earlier may go unnoticed. Every call blocks.
+pub trait FileSystem: Send + Sync + fmt::Debug {
+    /// Returns once everything written so far, and every name changed, is on the device. It may be another file that
+    /// the error is about, even another program's.
+    fn sync(&self) -> io::Result<()>;
 }
 
 /// One open file; positions are absolute, so handles can be shared between threads. Every call blocks.
@@ -185,6 +200,14 @@ impl Disk for RealDisk {
         Ok(())
     }
 
+    fn make_dir(&self, path: &Path) -> io::Result<()> {
+        std::fs::create_dir_all(path)
+    }
+
+    fn file_system(&self, dir: &Path) -> io::Result<Arc<dyn FileSystem>> {
+        Ok(Arc::new(RealFileSystem(File::open(dir)?)))
+    }
+
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
         std::fs::remove_dir(path)
     }
@@ -206,6 +229,15 @@ fn list_names(dir: &Path, wanted: fn(&FileType) -> bool) -> io::Result<Vec<Strin
     }
     names.sort_unstable();
     Ok(names)
+}
+
+#[derive(Debug)]
+struct RealFileSystem(File);
+
+impl FileSystem for RealFileSystem {
+    fn sync(&self) -> io::Result<()> {
+        Ok(rustix::fs::syncfs(&self.0)?)
+    }
 }
 
 #[derive(Debug)]
@@ -285,7 +317,10 @@ mod tests {
         assert_eq!(disk.list_dirs(&root.join("none")).unwrap_err().kind(), io::ErrorKind::NotFound);
         assert_eq!(disk.remove_dir(&dir).unwrap_err().kind(), io::ErrorKind::DirectoryNotEmpty);
         assert_eq!(disk.remove_dir(&root.join("a")).unwrap_err().kind(), io::ErrorKind::DirectoryNotEmpty);
-        disk.create_dir(&root.join("c")).unwrap();
+        disk.make_dir(&root.join("c/d")).unwrap();
+        disk.make_dir(&root.join("c")).unwrap();
+        disk.file_system(&root.join("c")).unwrap().sync().unwrap();
+        disk.remove_dir(&root.join("c/d")).unwrap();
         disk.remove_dir(&root.join("c")).unwrap();
         assert_eq!(disk.remove_dir(&root.join("c")).unwrap_err().kind(), io::ErrorKind::NotFound);
         assert_eq!(disk.list_dirs(root).unwrap(), ["a"]);

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::{Disk, DiskFile, SECTOR};
+use super::{Disk, DiskFile, FileSystem, SECTOR};
 
 /// How an injected write goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -221,6 +221,19 @@ impl Disk for MemDisk {
         Ok(())
     }
 
+    fn make_dir(&self, path: &Path) -> io::Result<()> {
+        // Directories are never lost here.
+        self.create_dir(path)
+    }
+
+    fn file_system(&self, dir: &Path) -> io::Result<Arc<dyn FileSystem>> {
+        let state = self.state.lock();
+        if !state.dirs.contains(dir) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        Ok(Arc::new(MemFileSystem { disk: self.clone(), generation: state.generation }))
+    }
+
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
         let mut state = self.state.lock();
         if !state.dirs.contains(path) {
@@ -266,6 +279,19 @@ impl State {
         }
         self.operations += 1;
         Ok(())
+    }
+
+    /// Whether the planned fault strikes this sync.
+    fn sync_fails(&mut self) -> bool {
+        match &mut self.sync_fault {
+            Some(0) => {
+                self.sync_fault = None;
+                return true;
+            }
+            Some(after) => *after -= 1,
+            None => {}
+        }
+        false
     }
 
     fn end_handles(&mut self) {
@@ -369,6 +395,36 @@ impl Inode {
 }
 
 #[derive(Debug)]
+struct MemFileSystem {
+    disk: MemDisk,
+    generation: u64,
+}
+
+impl FileSystem for MemFileSystem {
+    fn sync(&self) -> io::Result<()> {
+        let mut state = self.disk.state.lock();
+        if state.generation != self.generation {
+            return Err(io::Error::other("the handle is from before a crash"));
+        }
+        state.begin()?;
+        let fails = state.sync_fails();
+        for inode in state.inodes.values_mut() {
+            if fails {
+                inode.forget();
+            } else {
+                inode.sync();
+            }
+        }
+        if fails {
+            return Err(io::Error::other("injected sync error"));
+        }
+        state.durable = state.live.clone();
+        state.unsynced.clear();
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
 struct MemFile {
     disk: MemDisk,
     inode: u64,
@@ -440,14 +496,9 @@ impl DiskFile for MemFile {
     fn sync_data(&self) -> io::Result<()> {
         self.with(|state, inode| {
             state.begin()?;
-            match &mut state.sync_fault {
-                Some(0) => {
-                    state.sync_fault = None;
-                    state.inode(inode)?.forget();
-                    return Err(io::Error::other("injected sync error"));
-                }
-                Some(after) => *after -= 1,
-                None => {}
+            if state.sync_fails() {
+                state.inode(inode)?.forget();
+                return Err(io::Error::other("injected sync error"));
             }
             state.inode(inode)?.sync();
             Ok(())

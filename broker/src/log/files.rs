@@ -40,6 +40,10 @@ impl SegmentFiles {
         &self.disk
     }
 
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
     pub(super) fn directory(&self, partition: PartitionKey) -> PathBuf {
         self.root.join(partition.topic.to_string()).join(partition.partition.to_string())
     }

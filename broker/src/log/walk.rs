@@ -19,6 +19,8 @@ use super::segment::Segment;
 use crate::disk::DiskFile;
 use crate::engine::effect::SegmentName;
 
+/// Most bytes asked of the disk at once, unless a single batch is larger: it is memory of its reader.
+const MAX_AHEAD: usize = 4 * 1024 * 1024;
 /// Bytes asked of the disk at once when a whole segment is read.
 const REBUILD_AHEAD: usize = 256 * 1024;
 
@@ -51,7 +53,7 @@ impl<'a> Chunks<'a> {
             return Ok(self.chunk.slice(at..at + length));
         }
         let available = self.end.saturating_sub(position);
-        let wanted = (length.max(ahead) as u64).min(available);
+        let wanted = (length.max(ahead.min(MAX_AHEAD)) as u64).min(available);
         let mut buffer = BytesMut::zeroed(wanted as usize);
         let read =
             self.file.read_full_at(&mut buffer, position).map_err(|error| self.files.io(self.name, error))?;

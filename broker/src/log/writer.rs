@@ -26,10 +26,13 @@ use super::segment::{PlacedBatch, Segment};
 use super::tail::TailBudget;
 use super::view::{LogContext, ReadView};
 use super::views::Views;
-use crate::disk::{Disk, DiskFile};
+use crate::disk::{Disk, DiskFile, FileSystem};
 use crate::engine::PartitionInfo;
 use crate::engine::effect::{SegmentName, SegmentWrite, ViewChange};
 use crate::engine::types::PartitionKey;
+
+/// From how many files and directories on a sync of the whole file system is cheaper than one of each.
+const MANY_FILES: usize = 64;
 
 /// Limits of the log. All apply to all partitions together.
 #[derive(Clone, Debug)]
@@ -77,6 +80,7 @@ pub struct SegmentWriter {
 
 pub(super) struct Shared {
     pub(super) context: Arc<LogContext>,
+    file_system: Arc<dyn FileSystem>,
     views: Arc<Views>,
     limit: u64,
     wake: Wake,
@@ -127,6 +131,7 @@ impl SegmentWriter {
     /// The directory or the thread cannot be created.
     pub fn start(disk: Arc<dyn Disk>, root: &Path, options: &LogOptions, wake: Wake) -> io::Result<Self> {
         disk.create_dir(root)?;
+        let file_system = disk.file_system(root)?;
         let files = SegmentFiles::new(disk, root.to_path_buf(), options.open_files, options.index_bytes);
         let context = Arc::new(LogContext {
             files,
@@ -135,6 +140,7 @@ impl SegmentWriter {
         });
         let shared = Arc::new(Shared {
             context,
+            file_system,
             views: Arc::default(),
             limit: options.unwritten_bytes,
             wake,
@@ -484,7 +490,7 @@ impl Shared {
                 if written > 0 {
                     error!(file = %files.log_path(name).display(), written, "a segment is missing");
                 }
-                files.disk().create_dir(&directory)?;
+                files.disk().make_dir(&directory)?;
                 files.disk().create(&files.log_path(name))?
             }
             Err(error) => return Err(error),
@@ -511,6 +517,11 @@ impl Shared {
             }
             (std::mem::take(&mut state.dirty_files), std::mem::take(&mut state.dirty_directories))
         };
+        if files.len() + directories.len() > MANY_FILES {
+            return self.file_system.sync().map_err(|error| {
+                self.fail("sync the file system of", self.context.files.root().into(), error)
+            });
+        }
         for name in files {
             match self.context.files.open(name).and_then(|file| file.sync_data()) {
                 Ok(()) => {}
@@ -523,8 +534,12 @@ impl Shared {
             }
         }
         for directory in directories {
-            let result = self.context.files.disk().sync_dir(&directory);
-            result.map_err(|error| self.fail("sync", directory, error))?;
+            match self.context.files.disk().sync_dir(&directory) {
+                Ok(()) => {}
+                // Removed with its last segment.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(self.fail("sync", directory, error)),
+            }
         }
         Ok(())
     }

@@ -195,6 +195,16 @@ fn a_deleted_partition_leaves_nothing_behind() {
     assert_eq!(log.unwritten_bytes(), 0);
     models[1].check(&log, 5000);
 
+    // Deleted before it was ever synced.
+    let mut model = Model::new(3, 10_000);
+    model.create(&log);
+    model.append(&log, &[0], 1000);
+    wait_until("the write", || log.unwritten_bytes() == 0);
+    log.apply(&ViewChange::Removed { partition: key(3) });
+    log.unlink(log.take_condemned());
+    wait_until("the removal", || disk.list(&directory(3)).is_err());
+    log.sync().unwrap();
+
     // A crash before the removal: the next start finds what is left over.
     log.apply(&ViewChange::Removed { partition: key(1) });
     drop(log);
@@ -207,6 +217,7 @@ fn a_deleted_partition_leaves_nothing_behind() {
     log.apply(&ViewChange::Removed { partition: key(2) });
     log.unlink(log.take_condemned());
     wait_until("the removal", || disk.list_dirs(Path::new(ROOT)).unwrap().is_empty());
+    log.sync().unwrap();
 }
 
 #[test]
