@@ -88,6 +88,8 @@ pub async fn redrive(
         RedriveTarget::Source => source,
     };
     let target = broker.topic(name).await?;
+    // In case a purge was cut short.
+    broker.call(on_exhausted(&letters, "hold")).await?;
     let job = Job::begin(broker, &letters).await?;
     let done = job.run(&Work::Redrive { target: target.id }).await?;
     tracing::info!(group, source, target = target.name, done.moved, done.refused, "redriven");
@@ -101,19 +103,22 @@ pub async fn redrive(
 pub async fn purge(broker: &Broker, group: &str, source: &str) -> Result<u64, RedriveError> {
     let letters = find(broker, group, source).await?;
     // What the hidden group gives up is held, except while a purge is on.
-    let on_exhausted = |value: &str| Command::AlterShareGroup {
-        group: letters.redrive_group.clone(),
-        config: vec![("on-exhausted".to_owned(), value.to_owned())],
-    };
-    broker.call(on_exhausted("discard")).await?;
+    broker.call(on_exhausted(&letters, "discard")).await?;
     let purged = match Job::begin(broker, &letters).await {
         Ok(job) => job.run(&Work::Purge).await,
         Err(error) => Err(error),
     };
-    broker.call(on_exhausted("hold")).await?;
+    broker.call(on_exhausted(&letters, "hold")).await?;
     let purged = purged?.moved;
     tracing::info!(group, source, purged, "dead letters purged");
     Ok(purged)
+}
+
+fn on_exhausted(letters: &DeadLetterInfo, value: &str) -> Command {
+    Command::AlterShareGroup {
+        group: letters.redrive_group.clone(),
+        config: vec![("on-exhausted".to_owned(), value.to_owned())],
+    }
 }
 
 async fn find(broker: &Broker, group: &str, source: &str) -> Result<DeadLetterInfo, RedriveError> {
@@ -185,6 +190,8 @@ struct Job<'a> {
     refused: HashSet<(PartitionKey, u64)>,
     later: HashSet<(PartitionKey, u64)>,
     settled: u64,
+    /// Letters whose settling is not answered yet.
+    unanswered: u64,
 }
 
 impl Drop for Job<'_> {
@@ -198,7 +205,7 @@ impl<'a> Job<'a> {
     async fn begin(broker: &'a Broker, letters: &DeadLetterInfo) -> Result<Self, RedriveError> {
         let views = broker.views_of(letters.topic.id)?;
         let (sender, mail) = mpsc::unbounded_channel();
-        let job = Self {
+        let mut job = Self {
             broker,
             group: letters.redrive_group.clone(),
             member: format!("job-{}", Uuid::new_v4()),
@@ -209,6 +216,7 @@ impl<'a> Job<'a> {
             refused: HashSet::new(),
             later: HashSet::new(),
             settled: 0,
+            unanswered: 0,
         };
         let subscribe = Command::ShareSubscribe {
             subscription: job.subscription,
@@ -222,7 +230,8 @@ impl<'a> Job<'a> {
         Ok(job)
     }
 
-    fn submit(&self, command: Command, correlation: u64) {
+    fn submit(&mut self, command: Command, correlation: u64) {
+        self.unanswered += u64::from(correlation == SETTLED);
         let responder = Responder::new(&self.origin, Token { correlation, tag: 0 });
         let bytes = match &command {
             Command::Complete { outputs, .. } => outputs.iter().map(|output| output.batch.bytes.len()).sum(),
@@ -246,7 +255,7 @@ impl<'a> Job<'a> {
                 Ok(Some(Mail::Answer(..))) => {}
                 // The mailbox cannot close, for this job holds it.
                 Ok(None) | Err(_) => {
-                    if self.is_done().await? {
+                    if self.unanswered == 0 && self.is_done().await? {
                         let refused = self.refused.len() as u64;
                         return Ok(Redriven { moved: self.settled, refused });
                     }
@@ -342,7 +351,7 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn complete(&self, record: LeaseRef, partition: PartitionKey, letter: &Record) {
+    fn complete(&mut self, record: LeaseRef, partition: PartitionKey, letter: &Record) {
         let batch = dead_letter::redriven(letter, wall_ms())
             .and_then(|bytes| BatchHeader::parse(&bytes).map(|header| StagedBatch { header, bytes }));
         match batch {
@@ -362,13 +371,14 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn settle(&self, settlements: Vec<Settlement>, correlation: u64) {
+    fn settle(&mut self, settlements: Vec<Settlement>, correlation: u64) {
         let (group, member) = (self.group.clone(), self.member.clone());
         self.submit(Command::Settle { group, member, level: Level::Synced, settlements }, correlation);
     }
 
     /// Counts a letter that was settled for good.
     fn count(&mut self, reply: Reply) -> Result<(), RedriveError> {
+        self.unanswered -= 1;
         let result = match reply {
             Reply::Completed { result, .. } => Some(result),
             Reply::Settled(results) => results.first().copied(),

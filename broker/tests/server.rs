@@ -168,6 +168,66 @@ async fn leased_records_are_pushed_and_settled() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_letter_that_was_redriven_too_often_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(settings(dir.path())).await.unwrap();
+    let mut client = Connection::open(server.local_addr()).await;
+    let topic = client.create_topic("orders", 1).await;
+    for count in [2, 3] {
+        let mut builder = BatchBuilder::new();
+        let count = format!("{count}");
+        let headers = [("__dlq.errors.redrive.count", Some(count.as_bytes()))];
+        builder.push(0, None, Some(b"again"), &headers).unwrap();
+        client.produce(&topic, 0, msg::Level::Synced, builder.finish()).await;
+    }
+    client.create_share_group("payment", "orders").await;
+    client.share_subscribe(9, "payment", "m-1", 2).await;
+    let (leases, _) = client.leased(9).await;
+    client.settle("payment", "m-1", &leases, &[msg::Outcome::Reject; 2]).await;
+    client.dead_letters("payment", 2).await;
+    let redrive = msg::Redrive {
+        group: "payment".to_owned(),
+        source_topic: "orders".to_owned(),
+        target: msg::RedriveTarget::Source.into(),
+    };
+    let done: msg::RedriveReply = client.call(Api::Redrive, &redrive).await.unwrap();
+    assert_eq!((done.moved, done.refused), (1, 1));
+    client.dead_letters("payment", 1).await;
+    let (reply, _) = client.fetch(&topic, 0, 2, 0).await;
+    assert_eq!(reply.high_watermark, 3);
+    server.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_letters_are_redriven_each_once() {
+    const LETTERS: u32 = 500;
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(settings(dir.path())).await.unwrap();
+    let mut client = Connection::open(server.local_addr()).await;
+    let topic = client.create_topic("orders", 1).await;
+    client.produce(&topic, 0, msg::Level::Synced, batch_of(0, LETTERS.into())).await;
+    client.create_share_group("payment", "orders").await;
+    client.share_subscribe(9, "payment", "m-1", LETTERS).await;
+    let mut leased = 0;
+    while leased < LETTERS as usize {
+        let (leases, _) = client.leased(9).await;
+        leased += leases.len();
+        client.settle("payment", "m-1", &leases, &vec![msg::Outcome::Reject; leases.len()]).await;
+    }
+    client.dead_letters("payment", LETTERS.into()).await;
+    let redrive = msg::Redrive {
+        group: "payment".to_owned(),
+        source_topic: "orders".to_owned(),
+        target: msg::RedriveTarget::Source.into(),
+    };
+    let done: msg::RedriveReply = client.call(Api::Redrive, &redrive).await.unwrap();
+    assert_eq!((done.moved, done.refused), (LETTERS.into(), 0));
+    let (reply, _) = client.fetch(&topic, 0, 0, 0).await;
+    assert_eq!(reply.high_watermark, 2 * u64::from(LETTERS));
+    server.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn dead_letters_can_be_purged() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(settings(dir.path())).await.unwrap();

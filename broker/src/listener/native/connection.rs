@@ -17,6 +17,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::OwnedReadHalf;
 use tokio::time::{Sleep, sleep, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::NativeSettings;
 use super::convert;
@@ -103,13 +104,13 @@ pub(super) async fn serve(
         Dispatcher::new(broker.clone(), outbox.clone(), shares.clone(), settings.max_frame_bytes);
     let writer = {
         let (outbox, patience) = (outbox.clone(), settings.write_timeout);
-        tokio::spawn(async move {
+        AbortOnDropHandle::new(tokio::spawn(async move {
             let result = write_all(&outbox, &shares, &mut write, patience).await;
             // Nothing can leave any more; whoever waits for room must not.
             outbox.close();
             let _ = write.shutdown().await;
             result
-        })
+        }))
     };
     tokio::pin!(writer);
     let mut written = None;
@@ -130,14 +131,14 @@ pub(super) async fn serve(
     if matches!(end, End::Stopping) {
         // What was asked before the stop is still answered, within the time that the server gives all of us.
         dispatcher.drain().await;
+        reader.forget();
         let _ = gate.admit(usize::MAX).await;
     }
-    dispatcher.close();
     if let Some(error) = end.farewell() {
         let head = convert::error_frame(0, 0, &error);
         outbox.send(OutFrame { head, payload: Vec::new(), origin: None });
     }
-    outbox.close();
+    drop(dispatcher);
     if written.is_none() {
         // The writer ends by itself: each of its writes is bounded.
         let _ = writer.await;
@@ -401,10 +402,15 @@ impl<'a> Reader<'a> {
         arrival(read, &self.buffer)
     }
 
-    /// Throws away what still comes, for a moment.
-    async fn linger(&mut self) {
+    /// Gives up what has come and was not dispatched.
+    fn forget(&mut self) {
         self.frames.clear();
         self.ahead = None;
+    }
+
+    /// Throws away what still comes, for a moment.
+    async fn linger(&mut self) {
+        self.forget();
         let drained = async {
             loop {
                 self.buffer.clear();

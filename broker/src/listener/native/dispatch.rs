@@ -141,17 +141,6 @@ impl Dispatcher {
         }
     }
 
-    /// Ends what the connection has open on the shard.
-    pub(super) fn close(&mut self) {
-        let ended = self.shares.close_all();
-        self.broker.submit(
-            ended
-                .into_iter()
-                .map(|subscription| Submission::silent(Command::ShareUnsubscribe { subscription })),
-        );
-        self.tasks.abort_all();
-    }
-
     /// Waits for the requests that run beside the connection; ordered subscriptions are ended.
     pub(super) async fn drain(&mut self) {
         for (_, ordered) in self.ordered.drain() {
@@ -508,6 +497,17 @@ impl Dispatcher {
         }
         self.tasks.spawn(task);
         Ok(Next::Nothing)
+    }
+}
+
+impl Drop for Dispatcher {
+    /// However the connection ends: ends what it has open on the shard, and its own tasks.
+    fn drop(&mut self) {
+        let ended = self.shares.close_all();
+        let unsubscribe = |subscription| Submission::silent(Command::ShareUnsubscribe { subscription });
+        self.broker.submit(ended.into_iter().map(unsubscribe));
+        self.tasks.abort_all();
+        self.outbox.close();
     }
 }
 
