@@ -7,7 +7,7 @@
 //!        └── Journal::mark, release
 //! ```
 //!
-//! A [`Journal`] owns a directory of numbered files; [`file`] and [`frame`] hold their formats byte by byte. A frame is
+//! A [`Journal`] owns a directory of numbered files; `file.rs` and `frame.rs` hold their formats byte by byte. A frame is
 //! atomic: after a crash it is there with all its events and batches, or not at all.
 //!
 //! Invariants:
@@ -18,7 +18,7 @@
 //! - After the first failed write or sync nothing is written or synced any more: what the page cache holds then is
 //!   known to nobody. Restarting is the way out.
 //! - Nothing that a finished recovery has left out ever comes back, and nothing that it has returned is lost later:
-//!   see [`recovery`].
+//!   see `recovery.rs`.
 //!
 //! Deliberately absent: knowledge of what events mean, waiting, and the clock. When to sync, to mark and to release is
 //! the shard's decision.

@@ -345,7 +345,9 @@ fn rebuild<E>(
     let io = |source| RecoverError::Io { path: path.clone(), source };
     let header = FileHeader::new(sequence, previous, first_lsn, scan.next - 1);
     // The names relied on may be from a start that died before it had synced them.
-    disk.sync_dir(dir).map_err(io)?;
+    if !chain.files.is_empty() {
+        disk.sync_dir(dir).map_err(io)?;
+    }
     let mut file = JournalFile::create(disk, dir, header).map_err(io)?;
     let mut position = file::FIRST_FRAME;
     let mut encoded = Vec::new();
