@@ -22,7 +22,8 @@ pub(crate) struct BrokerArgs {
 /// Runs the broker until it is told to stop; what it has taken in is on the disk then.
 pub(crate) async fn run(args: BrokerArgs) -> anyhow::Result<()> {
     let stop = service::shutdown_token(args.end_with_parent)?;
-    let settings = ServerSettings { data_dir: args.data_dir, listen: args.listen, ..ServerSettings::default() };
+    let settings =
+        ServerSettings { data_dir: args.data_dir, listen: args.listen, ..ServerSettings::default() };
     settings.validate()?;
     let server = Server::start(settings).await?;
     service::announce_ready()?;

@@ -134,7 +134,8 @@ async fn read_all(client: &Client, topic: &str) -> Vec<(u32, u64, (u64, u64))> {
     let mut consumer = client.consumer().topics([topic]).build().await.unwrap();
     let mut records = Vec::new();
     while (records.len() as u64) < total {
-        let next = timeout(Duration::from_secs(20), consumer.next()).await.expect("the log is read to its end");
+        let next =
+            timeout(Duration::from_secs(20), consumer.next()).await.expect("the log is read to its end");
         let record = next.unwrap().unwrap();
         records.push((record.partition, record.offset, parse(record.value.as_deref().unwrap())));
     }

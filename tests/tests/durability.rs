@@ -54,7 +54,9 @@ fn parse(trace: &str) -> Vec<Call> {
                     calls.push(Call::SyncEnded);
                 }
             }
-            "sendto" | "sendmsg" | "writev" | "write" if begins && call.contains("TCP") => calls.push(Call::Send),
+            "sendto" | "sendmsg" | "writev" | "write" if begins && call.contains("TCP") => {
+                calls.push(Call::Send)
+            }
             _ => {}
         }
     }

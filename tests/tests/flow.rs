@@ -29,7 +29,10 @@ async fn a_produced_record_is_consumed_as_it_was_sent() {
     let (server, client) = start(dir.path()).await;
     client.admin().create_topic("orders", 3, &[]).await.unwrap();
     let producer = client.producer().build().await.unwrap();
-    let record = Record::new("orders", "two books").key("customer-7").header("trace", "abc").timestamp(1_700_000_000_000);
+    let record = Record::new("orders", "two books")
+        .key("customer-7")
+        .header("trace", "abc")
+        .timestamp(1_700_000_000_000);
     let ack = soon(producer.send(record)).await.unwrap();
     let mut consumer = client.consumer().topics(["orders"]).build().await.unwrap();
     let record = soon(consumer.next()).await.unwrap().unwrap();
@@ -48,7 +51,8 @@ async fn everything_is_there_after_a_clean_restart() {
     client.admin().create_topic("orders", 2, &[]).await.unwrap();
     let producer = client.producer().build().await.unwrap();
     for i in 0..1000 {
-        let _pending = producer.enqueue(Record::new("orders", i.to_string()).key((i % 7).to_string())).await.unwrap();
+        let _pending =
+            producer.enqueue(Record::new("orders", i.to_string()).key((i % 7).to_string())).await.unwrap();
     }
     producer.flush().await.unwrap();
     let mut consumer = client.consumer().group("readers").topics(["orders"]).build().await.unwrap();
@@ -121,7 +125,8 @@ async fn complete_publishes_with_the_ack_and_workers_drain() {
     admin.create_share_group("payment", &["orders"], &[("ordering", "key")]).await.unwrap();
     let producer = client.producer().build().await.unwrap();
     for i in 0..2000 {
-        let _pending = producer.enqueue(Record::new("orders", i.to_string()).key((i % 50).to_string())).await.unwrap();
+        let _pending =
+            producer.enqueue(Record::new("orders", i.to_string()).key((i % 50).to_string())).await.unwrap();
     }
     producer.flush().await.unwrap();
     let worker = client.share_consumer("payment").concurrency(64).build().await.unwrap();
@@ -129,7 +134,9 @@ async fn complete_publishes_with_the_ack_and_workers_drain() {
     let running = tokio::spawn(worker.run(
         |delivery| async move {
             let value = delivery.value.clone().unwrap_or_default();
-            Outcome::Complete(vec![Record::new("payments", value).key(delivery.key.clone().unwrap_or_default())])
+            Outcome::Complete(vec![
+                Record::new("payments", value).key(delivery.key.clone().unwrap_or_default()),
+            ])
         },
         async {
             finished.await.ok();

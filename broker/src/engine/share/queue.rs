@@ -103,6 +103,11 @@ impl Queue {
         {
             return None;
         }
+        // `low` may have passed offsets that were to be scanned; what is unsettled there is listed, and no scan meets it.
+        for (&offset, exception) in state.exceptions().range(self.scan_next..state.low().max(self.scan_next))
+        {
+            self.admit(state, offset, exception.slot, exception.size);
+        }
         let from = state.next_unsettled(self.scan_next).min(high_watermark);
         self.scan_next = self.scan_next.max(from);
         (self.scan_next < high_watermark).then_some(self.scan_next)
