@@ -98,8 +98,7 @@ impl Index {
     }
 
     /// Greatest timestamp of any batch; `i64::MIN` when empty.
-    #[cfg(test)]
-    fn max_timestamp(&self) -> i64 {
+    pub(super) fn max_timestamp(&self) -> i64 {
         self.max_timestamp
     }
 

@@ -11,7 +11,7 @@
 //! in large pieces, and synced only for the checkpoint.
 //!
 //! Order of reading: `view` (what readers see), `tail`, `segment`, `walk` (reading and proving), `index`, `queue`,
-//! `writer` (the thread), `scan` (looking into batches).
+//! `writer` (its front), `thread` (what it does), `scan` (looking into batches).
 
 mod error;
 mod files;
@@ -23,6 +23,7 @@ mod segment;
 mod tail;
 #[cfg(test)]
 mod tests;
+mod thread;
 mod view;
 mod views;
 mod walk;

@@ -109,6 +109,11 @@ impl Queue {
         self.before_barrier = self.outstanding;
     }
 
+    /// Whether a lane has enough for a large write, or had a moment ago.
+    pub(super) fn has_full(&self) -> bool {
+        !self.full.is_empty()
+    }
+
     /// Everything that was outstanding when the barrier was set is done.
     pub(super) fn reached_barrier(&self) -> bool {
         self.before_barrier == 0

@@ -42,7 +42,11 @@ enum State {
     /// are indexed only when somebody asks for them: a start must not read every partition.
     Growing { index: Index, head: u64 },
     /// Complete; its index is on disk, or is rebuilt when it is not.
-    Sealed { end: u64 },
+    Sealed {
+        end: u64,
+        /// Once the index was looked at; damage counts as the greatest.
+        max_timestamp: Option<i64>,
+    },
 }
 
 #[derive(Debug)]
@@ -62,7 +66,7 @@ impl Segment {
     /// A segment of which `end` bytes were written before, `sealed` when another one follows.
     pub(super) fn new(name: SegmentName, end: u64, sealed: bool) -> Self {
         let state = if sealed {
-            State::Sealed { end }
+            State::Sealed { end, max_timestamp: None }
         } else {
             State::Growing { index: Index::starting_at(end, name.base_offset), head: end }
         };
@@ -104,7 +108,7 @@ impl Segment {
     pub(super) fn written(&self) -> u64 {
         match &*self.state.lock() {
             State::Growing { index, .. } => index.end_position(),
-            State::Sealed { end } => *end,
+            State::Sealed { end, .. } => *end,
         }
     }
 
@@ -136,7 +140,7 @@ impl Segment {
         }
         let mut state = self.state.lock();
         if let State::Growing { index, .. } = &*state {
-            *state = State::Sealed { end: index.end_position() };
+            *state = State::Sealed { end: index.end_position(), max_timestamp: None };
         }
         Ok(())
     }
@@ -197,6 +201,11 @@ impl Segment {
         timestamp: i64,
         from: u64,
     ) -> Result<Option<PlacedBatch>, ReadError> {
+        if let State::Sealed { max_timestamp: Some(latest), .. } = &*self.state.lock()
+            && *latest < timestamp
+        {
+            return Ok(None);
+        }
         let look = |index: &Index| {
             let by_time = index.block_for_timestamp(timestamp)?;
             let by_offset = index.block_for_offset(from)?;
@@ -249,7 +258,7 @@ impl Segment {
                     }
                     None
                 }
-                State::Sealed { end } => Some(*end),
+                State::Sealed { end, .. } => Some(*end),
             };
             match end {
                 None => self.index_head(files)?,
@@ -314,6 +323,9 @@ impl Segment {
             }
         };
         files.keep_index(self.name, &index);
+        if let State::Sealed { max_timestamp, .. } = &mut *self.state.lock() {
+            *max_timestamp = Some(index.max_timestamp());
+        }
         Ok(index)
     }
 }

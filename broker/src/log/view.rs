@@ -247,12 +247,12 @@ impl ReadView {
         }
     }
 
-    /// The segments that may hold `offset` or what follows it.
-    pub(super) fn segments_from(&self, offset: u64) -> Vec<Arc<Segment>> {
-        let segments = self.segments.load();
+    /// The segments that may hold `offset` or what follows it, as they are now.
+    pub(super) fn segments_from(&self, offset: u64) -> impl Iterator<Item = Arc<Segment>> + use<> {
+        let segments = self.segments();
         let first =
             segments.partition_point(|segment| segment.name().base_offset <= offset).saturating_sub(1);
-        segments[first..].to_vec()
+        (first..segments.len()).map(move |at| Arc::clone(&segments[at]))
     }
 
     pub(super) fn context(&self) -> &LogContext {

@@ -1,0 +1,422 @@
+//! What the segment writer's thread does, and what it shares with those who call [`super::SegmentWriter`].
+
+use std::collections::{HashSet, VecDeque};
+use std::io::{self, IoSlice};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use tracing::{error, warn};
+
+use super::error::LogFailure;
+use super::queue::{Next, Queue, Run};
+use super::segment::{PlacedBatch, Segment};
+use super::view::{LogContext, ReadView};
+use super::views::Views;
+use super::writer::Wake;
+use crate::disk::{DiskFile, FileSystem};
+use crate::engine::effect::{SegmentName, SegmentWrite};
+use crate::engine::types::PartitionKey;
+
+/// From how many files and directories on a sync of the whole file system is cheaper than one of each.
+const MANY_FILES: usize = 64;
+
+/// Everything but the thread itself.
+pub(super) struct Shared {
+    pub(super) context: Arc<LogContext>,
+    file_system: Arc<dyn FileSystem>,
+    views: Arc<Views>,
+    limit: u64,
+    wake: Wake,
+    state: Mutex<State>,
+    /// There is something to do.
+    work: Condvar,
+    /// Something was done, or nothing will be any more.
+    progress: Condvar,
+    unwritten: AtomicU64,
+    /// Somebody found no room and is to be woken.
+    short: AtomicBool,
+    failure: OnceLock<LogFailure>,
+    condemned: Mutex<Vec<SegmentName>>,
+    /// One sync at a time.
+    syncing: Mutex<()>,
+}
+
+#[derive(Debug)]
+struct State {
+    queue: Queue,
+    removals: VecDeque<SegmentName>,
+    /// Files with bytes, and directories with names, that were not synced yet.
+    dirty_files: HashSet<SegmentName>,
+    dirty_directories: HashSet<PathBuf>,
+    /// The thread waits until there is something to do at all.
+    idle: bool,
+    stop: Option<Stop>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stop {
+    WhenWritten,
+    Now,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SegmentWriter")
+            .field("unwritten", &self.unwritten)
+            .field("failure", &self.failure)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    pub(super) fn new(
+        context: Arc<LogContext>,
+        file_system: Arc<dyn FileSystem>,
+        limit: u64,
+        linger: Duration,
+        wake: Wake,
+    ) -> Self {
+        Self {
+            context,
+            file_system,
+            views: Arc::default(),
+            limit,
+            wake,
+            state: Mutex::new(State {
+                queue: Queue::new(linger),
+                removals: VecDeque::new(),
+                dirty_files: HashSet::new(),
+                dirty_directories: HashSet::new(),
+                idle: false,
+                stop: None,
+            }),
+            work: Condvar::new(),
+            progress: Condvar::new(),
+            unwritten: AtomicU64::new(0),
+            short: AtomicBool::new(false),
+            failure: OnceLock::new(),
+            condemned: Mutex::default(),
+            syncing: Mutex::default(),
+        }
+    }
+
+    pub(super) fn views(&self) -> &Arc<Views> {
+        &self.views
+    }
+
+    pub(super) fn failure(&self) -> Option<&LogFailure> {
+        self.failure.get()
+    }
+
+    pub(super) fn unwritten(&self) -> u64 {
+        self.unwritten.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn append(&self, writes: Vec<SegmentWrite>) {
+        let now = Instant::now();
+        let mut bytes = 0;
+        let mut state = self.state.lock();
+        for write in writes {
+            let Some((view, segment)) = self.place(write.segment) else {
+                // Its topic was deleted within the same frame.
+                continue;
+            };
+            bytes += write.bytes.len() as u64;
+            let batch = PlacedBatch {
+                segment,
+                position: write.position,
+                base_offset: write.base_offset,
+                last_offset: write.last_offset,
+                max_timestamp: write.max_timestamp,
+                bytes: write.bytes,
+            };
+            view.stage(batch.clone());
+            state.queue.push(now, &view, batch);
+        }
+        let unwritten = self.unwritten.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        // A thread that lingers wakes up by itself; waking it for every frame would cost more than its work.
+        let wake = state.idle || state.queue.has_full() || self.is_pressing(unwritten);
+        drop(state);
+        if wake {
+            self.work.notify_one();
+        }
+        self.context.budget.enforce();
+    }
+
+    /// Half full is the time to write what there is, while there is room for more to come.
+    fn is_pressing(&self, unwritten: u64) -> bool {
+        unwritten > self.limit / 2
+    }
+
+    pub(super) fn has_room(&self) -> bool {
+        if self.unwritten() < self.limit {
+            return true;
+        }
+        self.short.store(true, Ordering::SeqCst);
+        // It may have become enough between the two.
+        self.unwritten.load(Ordering::SeqCst) < self.limit
+    }
+
+    pub(super) fn wait_for_room(&self, timeout: Duration) -> Result<bool, LogFailure> {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.state.lock();
+        loop {
+            if let Some(failure) = self.failure() {
+                return Err(failure.clone());
+            }
+            if self.unwritten() < self.limit {
+                return Ok(true);
+            }
+            if self.progress.wait_until(&mut state, deadline).timed_out() {
+                return Ok(false);
+            }
+        }
+    }
+
+    pub(super) fn condemn(&self, names: Vec<SegmentName>) {
+        self.condemned.lock().extend(names);
+    }
+
+    pub(super) fn take_condemned(&self) -> Vec<SegmentName> {
+        std::mem::take(&mut *self.condemned.lock())
+    }
+
+    pub(super) fn unlink_later(&self, names: Vec<SegmentName>) {
+        self.state.lock().removals.extend(names);
+        self.work.notify_one();
+    }
+
+    pub(super) fn stop(&self, stop: Stop) {
+        self.state.lock().stop.get_or_insert(stop);
+        self.work.notify_one();
+    }
+
+    fn place(&self, name: SegmentName) -> Option<(Arc<ReadView>, Arc<Segment>)> {
+        let view = self.views.get(name.partition)?;
+        let segment = view.segment(name)?;
+        Some((view, segment))
+    }
+
+    pub(super) fn remove(&self, partition: PartitionKey) {
+        let Some(view) = self.views.remove(partition) else { return };
+        let mut state = self.state.lock();
+        let discarded = state.queue.discard(partition);
+        self.release(state, discarded as u64);
+        view.close();
+        self.condemn(view.segments().iter().map(|segment| segment.name()).collect());
+    }
+
+    /// These bytes do not wait any more. Takes the lock so that nobody checks before and waits after.
+    fn release(&self, state: MutexGuard<'_, State>, bytes: u64) {
+        let unwritten = self.unwritten.fetch_sub(bytes, Ordering::SeqCst) - bytes;
+        drop(state);
+        self.progress.notify_all();
+        if unwritten < self.limit && self.short.swap(false, Ordering::SeqCst) {
+            (self.wake)();
+        }
+    }
+
+    fn fail(&self, action: &'static str, file: PathBuf, source: io::Error) -> LogFailure {
+        let failure = LogFailure { action, file, source: Arc::new(source) };
+        if self.failure.set(failure.clone()).is_ok() {
+            error!(%failure, "the log accepts no more writes");
+            // Under the lock, so that nobody checks before and waits after.
+            let _state = self.state.lock();
+            self.progress.notify_all();
+            self.work.notify_all();
+        }
+        (self.wake)();
+        self.failure.get().cloned().unwrap_or(failure)
+    }
+
+    pub(super) fn run(&self) {
+        while let Some(work) = self.next() {
+            match work {
+                Work::Write(run) => {
+                    if self.write(&run).is_err() {
+                        return;
+                    }
+                }
+                Work::Remove(name) => self.unlink(name),
+            }
+        }
+    }
+
+    /// Waits for something to do; `None` to end.
+    fn next(&self) -> Option<Work> {
+        let mut state = self.state.lock();
+        loop {
+            if state.stop == Some(Stop::Now) || self.failure.get().is_some() {
+                return None;
+            }
+            if let Some(name) = state.removals.pop_front() {
+                return Some(Work::Remove(name));
+            }
+            let stopping = state.stop.is_some();
+            let eager = stopping || self.is_pressing(self.unwritten());
+            match state.queue.next(Instant::now(), eager) {
+                Next::Write(run) => return Some(Work::Write(run)),
+                Next::Wait(duration) => {
+                    self.work.wait_for(&mut state, duration);
+                }
+                Next::Empty if stopping => return None,
+                Next::Empty => {
+                    state.idle = true;
+                    self.work.wait(&mut state);
+                    state.idle = false;
+                }
+            }
+        }
+    }
+
+    /// Writes a run, then tells readers, the budget and whoever waits.
+    fn write(&self, run: &Run) -> Result<(), LogFailure> {
+        let (Some(first), Some(last)) = (run.batches.first(), run.batches.last()) else { return Ok(()) };
+        let segment = &first.segment;
+        let name = segment.name();
+        let path = || self.context.files.log_path(name);
+        self.seal_before(run)?;
+        let written = segment.written();
+        if first.position != written {
+            let reason = format!("position {} was decided, {written} bytes are written", first.position);
+            return Err(self.fail("continue", path(), io::Error::other(reason)));
+        }
+        let file = self.open(segment).map_err(|error| self.fail("open", path(), error))?;
+        let mut slices: Vec<_> = run.batches.iter().map(|batch| IoSlice::new(&batch.bytes)).collect();
+        file.write_all_vectored_at(&mut slices, first.position)
+            .map_err(|error| self.fail("write", path(), error))?;
+
+        segment.wrote(&run.batches);
+        let end = last.last_offset + 1;
+        run.view.tail().lock().mark_written(end);
+        self.context.budget.allow(&run.view, end);
+        self.context.budget.enforce();
+        let mut state = self.state.lock();
+        // After the write and before it counts as done: so a sync that it belongs to finds it here, and a sync that
+        // takes the list earlier leaves it to the next.
+        state.dirty_files.insert(name);
+        state.queue.done(run);
+        self.release(state, run.batches.iter().map(|batch| batch.bytes.len() as u64).sum());
+        Ok(())
+    }
+
+    /// Seals the segments before the one that is written now.
+    fn seal_before(&self, run: &Run) -> Result<(), LogFailure> {
+        let Some(first) = run.batches.first() else { return Ok(()) };
+        let segments = run.view.segments();
+        let before =
+            segments.iter().rev().skip_while(|segment| !Arc::ptr_eq(segment, &first.segment)).skip(1);
+        for segment in before.take_while(|segment| segment.is_growing()) {
+            segment.seal(&self.context.files).map_err(|error| {
+                self.fail("write the index", self.context.files.index_path(segment.name()), error)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The file of a segment to write to, created if this is its first write.
+    fn open(&self, segment: &Segment) -> io::Result<Arc<dyn DiskFile>> {
+        let files = &self.context.files;
+        let name = segment.name();
+        if segment.is_prepared() {
+            return files.open(name);
+        }
+        let written = segment.written();
+        let directory = files.directory(name.partition);
+        if written == 0 {
+            // Not known to a checkpoint, so perhaps never synced, even if the file is there: an earlier run may have
+            // ended between creating and syncing it. That goes for the directories above as well.
+            let above = directory.ancestors().take(3).map(Path::to_path_buf);
+            self.state.lock().dirty_directories.extend(above);
+        }
+        let file = match files.disk().open(&files.log_path(name)) {
+            Ok(file) => {
+                let length = file.len()?;
+                if length > written {
+                    // Left over from before a crash; replay is about to bring it again, or it was never promised.
+                    file.set_len(written)?;
+                } else if length < written {
+                    error!(file = %files.log_path(name).display(), length, written, "a segment has lost its end");
+                }
+                file
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                if written > 0 {
+                    error!(file = %files.log_path(name).display(), written, "a segment is missing");
+                }
+                files.disk().make_dir(&directory)?;
+                files.disk().create(&files.log_path(name))?
+            }
+            Err(error) => return Err(error),
+        };
+        segment.set_prepared();
+        files.keep(name, &file);
+        Ok(file)
+    }
+
+    pub(super) fn sync(&self) -> Result<(), LogFailure> {
+        let _one_at_a_time = self.syncing.lock();
+        let (files, directories) = {
+            let mut state = self.state.lock();
+            state.queue.set_barrier();
+            self.work.notify_one();
+            loop {
+                if let Some(failure) = self.failure.get() {
+                    return Err(failure.clone());
+                }
+                if state.queue.reached_barrier() {
+                    break;
+                }
+                self.progress.wait(&mut state);
+            }
+            (std::mem::take(&mut state.dirty_files), std::mem::take(&mut state.dirty_directories))
+        };
+        if files.len() + directories.len() > MANY_FILES {
+            return self.file_system.sync().map_err(|error| {
+                self.fail("sync the file system of", self.context.files.root().into(), error)
+            });
+        }
+        for name in files {
+            match self.context.files.open(name).and_then(|file| file.sync_data()) {
+                Ok(()) => {}
+                // Removed, and a checkpoint says so. One that only the memory says so of is still synced: the removal
+                // may be lost in a crash that this checkpoint survives.
+                Err(error)
+                    if error.kind() == io::ErrorKind::NotFound
+                        && self.views.get(name.partition).is_none() => {}
+                Err(error) => return Err(self.fail("sync", self.context.files.log_path(name), error)),
+            }
+        }
+        for directory in directories {
+            match self.context.files.disk().sync_dir(&directory) {
+                Ok(()) => {}
+                // Removed with its last segment.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(self.fail("sync", directory, error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn unlink(&self, name: SegmentName) {
+        let view = self.views.get(name.partition);
+        if view.as_ref().is_some_and(|view| view.segment(name).is_some()) {
+            return;
+        }
+        let files = &self.context.files;
+        if let Err(error) = files.remove(name) {
+            warn!(file = %files.log_path(name).display(), %error, "a segment could not be removed");
+        }
+        if view.is_none() {
+            files.remove_empty(name.partition);
+        }
+    }
+}
+
+enum Work {
+    Write(Run),
+    Remove(SegmentName),
+}
