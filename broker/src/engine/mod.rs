@@ -341,7 +341,12 @@ impl Engine {
                 if let Some(high_watermark) = self.desk.high_watermarks.get_mut(&key) {
                     *high_watermark = (*high_watermark).max(end);
                     if let Some(topic) = self.catalog.get(&key.topic) {
-                        self.desk.pump.extend(topic.share_groups.iter().cloned());
+                        for name in &topic.share_groups {
+                            if let Some(group) = self.groups.get_mut(name) {
+                                group.advanced(key);
+                                self.desk.pump.insert(name.clone());
+                            }
+                        }
                     }
                 }
             }

@@ -74,8 +74,12 @@ pub struct ShareGroup {
     partitions: BTreeMap<PartitionKey, SharePartition>,
     members: BTreeMap<Arc<str>, Member>,
     subscriptions: BTreeMap<SubscriptionId, Subscription>,
+    /// Subscriptions with credit left.
+    takers: BTreeSet<SubscriptionId>,
     /// Partitions with something to hand out.
     ready: BTreeSet<PartitionKey>,
+    /// Partitions that may have something to scan.
+    unscanned: BTreeSet<PartitionKey>,
     last_partition: Option<PartitionKey>,
     last_subscription: Option<SubscriptionId>,
 }
@@ -98,7 +102,9 @@ impl ShareGroup {
             partitions: BTreeMap::new(),
             members: BTreeMap::new(),
             subscriptions: BTreeMap::new(),
+            takers: BTreeSet::new(),
             ready: BTreeSet::new(),
+            unscanned: BTreeSet::new(),
             last_partition: None,
             last_subscription: None,
         }
@@ -115,11 +121,13 @@ impl ShareGroup {
     pub(crate) fn put_partition(&mut self, key: PartitionKey, state: ShareState) {
         self.partitions.insert(key, SharePartition::new(state, self.config.ordered));
         self.ready.remove(&key);
+        self.unscanned.insert(key);
     }
 
     pub(crate) fn remove_partition(&mut self, key: &PartitionKey) {
         self.partitions.remove(key);
         self.ready.remove(key);
+        self.unscanned.remove(key);
     }
 
     pub(crate) fn state_mut(&mut self, key: &PartitionKey) -> Option<&mut ShareState> {
@@ -132,6 +140,7 @@ impl ShareGroup {
         for (key, partition) in &mut self.partitions {
             partition.queue = Queue::rebuild(&partition.state, self.config.ordered);
             partition.armed = None;
+            self.unscanned.insert(*key);
             if partition.queue.has_ready() {
                 self.ready.insert(*key);
             }
@@ -204,6 +213,9 @@ impl ShareGroup {
         }
         let subscription =
             Subscription { member, credit_records: i64::from(credit.0), credit_bytes: i64::from(credit.1) };
+        if subscription.has_credit() {
+            self.takers.insert(id);
+        }
         self.subscriptions.insert(id, subscription);
     }
 
@@ -211,10 +223,14 @@ impl ShareGroup {
         if let Some(subscription) = self.subscriptions.get_mut(&id) {
             subscription.credit_records = subscription.credit_records.saturating_add(i64::from(records));
             subscription.credit_bytes = subscription.credit_bytes.saturating_add(i64::from(bytes));
+            if subscription.has_credit() {
+                self.takers.insert(id);
+            }
         }
     }
 
     pub(crate) fn unsubscribe(&mut self, id: SubscriptionId) {
+        self.takers.remove(&id);
         if let Some(subscription) = self.subscriptions.remove(&id)
             && let Some(member) = self.members.get_mut(&subscription.member)
         {
@@ -270,6 +286,7 @@ impl ShareGroup {
         let subscriptions = std::mem::take(&mut entry.subscriptions);
         for id in subscriptions {
             self.subscriptions.remove(&id);
+            self.takers.remove(&id);
             let error = crate::engine::error::EngineError::UnknownMember(member.to_owned());
             stage.out.ended.push((id, error));
         }
@@ -415,6 +432,7 @@ impl ShareGroup {
     /// Brings what is derived from a partition up to date: ready list, timer, dead letters to make.
     fn after_change(&mut self, stage: &mut Stage<'_>, key: PartitionKey) {
         let Some(partition) = self.partitions.get_mut(&key) else { return };
+        self.unscanned.insert(key);
         if partition.queue.has_ready() {
             self.ready.insert(key);
             stage.pump.insert(self.name.clone());
@@ -566,29 +584,34 @@ impl ShareGroup {
             return;
         }
         while let Some(key) = next_after(&self.ready, self.last_partition) {
-            let with_credit = self.subscriptions.iter().filter(|(_, subscription)| subscription.has_credit());
-            let takers: BTreeSet<SubscriptionId> = with_credit.map(|(id, _)| *id).collect();
-            let Some(id) = next_after(&takers, self.last_subscription) else { break };
+            let Some(id) = next_after(&self.takers, self.last_subscription) else { break };
             self.last_partition = Some(key);
             self.last_subscription = Some(id);
-            if !self.grant(stage, key, id, takers.len()) {
+            if !self.grant(stage, key, id) {
                 self.ready.remove(&key);
             }
         }
-        if self.subscriptions.values().any(Subscription::has_credit) {
+        if !self.takers.is_empty() {
             self.ask_for_scans(stage);
         }
     }
 
+    /// New records are visible on a partition.
+    pub(crate) fn advanced(&mut self, key: PartitionKey) {
+        self.unscanned.insert(key);
+    }
+
     fn ask_for_scans(&mut self, stage: &mut Stage<'_>) {
-        for (key, partition) in &mut self.partitions {
-            let Some(high_watermark) = stage.high_watermarks.get(key) else { continue };
+        // What wants no scan now is put back by whatever changes that: new records, a grant, a timer.
+        for key in std::mem::take(&mut self.unscanned) {
+            let Some(partition) = self.partitions.get_mut(&key) else { continue };
+            let Some(high_watermark) = stage.high_watermarks.get(&key) else { continue };
             let wants = partition.queue.wants_scan(&partition.state, *high_watermark, stage.now.monotonic_ms);
             if let Some(from) = wants {
                 partition.queue.scan_started();
                 stage.out.scans.push(Scan {
                     group: self.name.to_string(),
-                    partition: *key,
+                    partition: key,
                     from,
                     until: *high_watermark,
                     max_records: SCAN_RECORDS,
@@ -598,7 +621,7 @@ impl ShareGroup {
     }
 
     /// Grants one member its share of what is ready on one partition. Answers whether more is ready there.
-    fn grant(&mut self, stage: &mut Stage<'_>, key: PartitionKey, id: SubscriptionId, takers: usize) -> bool {
+    fn grant(&mut self, stage: &mut Stage<'_>, key: PartitionKey, id: SubscriptionId) -> bool {
         let Some(partition) = self.partitions.get_mut(&key) else { return false };
         let Some(subscription) = self.subscriptions.get_mut(&id) else { return false };
         let leases = partition.state.leases().len() as u64;
@@ -606,7 +629,7 @@ impl ShareGroup {
             return false;
         }
         let allow_new = (partition.state.exceptions().len() as u64) < stage.max_exceptions;
-        let share = partition.queue.ready_len().div_ceil(takers).clamp(1, GRANT_QUANTUM);
+        let share = partition.queue.ready_len().div_ceil(self.takers.len().max(1)).clamp(1, GRANT_QUANTUM);
         let mut taken: Vec<Ready> = Vec::with_capacity(share);
         while taken.len() < share
             && subscription.has_credit()
@@ -615,6 +638,9 @@ impl ShareGroup {
             subscription.credit_records -= 1;
             subscription.credit_bytes -= i64::from(ready.size);
             taken.push(ready);
+        }
+        if !subscription.has_credit() {
+            self.takers.remove(&id);
         }
         if taken.is_empty() {
             return false;
