@@ -330,7 +330,7 @@ impl Inode {
         }
         let end = position + bytes.len();
         if end > self.live.len() {
-            self.live.resize(end, 0);
+            resize(&mut self.live, end);
             self.lengths.push(end);
         }
         self.live[position..end].copy_from_slice(bytes);
@@ -349,7 +349,7 @@ impl Inode {
 
     fn set_len(&mut self, length: usize) {
         let old = self.live.len();
-        self.live.resize(length, 0);
+        resize(&mut self.live, length);
         self.lengths.push(length);
         if length < old {
             self.dirty.retain(|sector, _| sector * SECTOR < length as u64);
@@ -361,7 +361,7 @@ impl Inode {
 
     fn sync(&mut self) {
         let length = self.live.len();
-        self.durable.resize(length, 0);
+        resize(&mut self.durable, length);
         for sector in self.dirty.keys() {
             let from = ((sector * SECTOR) as usize).min(length);
             let to = (from + SECTOR as usize).min(length);
@@ -378,7 +378,7 @@ impl Inode {
     fn power_cut(&mut self, random: &mut Random) {
         let pick = random.below(self.lengths.len() as u64 + 1) as usize;
         let length = if pick == 0 { self.durable.len() } else { self.lengths[pick - 1] };
-        self.durable.resize(length, 0);
+        resize(&mut self.durable, length);
         for (sector, versions) in std::mem::take(&mut self.dirty) {
             let pick = random.below(versions.len() as u64 + 1) as usize;
             let from = (sector * SECTOR) as usize;
@@ -457,7 +457,7 @@ impl DiskFile for MemFile {
         if !self.writable {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
-        let bytes: Vec<u8> = slices.iter().flat_map(|slice| slice.iter().copied()).collect();
+        let bytes = slices.iter().map(|slice| &**slice).collect::<Vec<&[u8]>>().concat();
         self.with(|state, inode| {
             if state.power == Some(1) {
                 // The last write before the dark: on its way to the device, but the caller never hears of it.
@@ -519,6 +519,12 @@ impl DiskFile for MemFile {
     fn len(&self) -> io::Result<u64> {
         self.with(|state, inode| Ok(state.inode(inode)?.live.len() as u64))
     }
+}
+
+/// Cuts or zero-fills; in blocks, as the standard library does only with optimization.
+fn resize(bytes: &mut Vec<u8>, length: usize) {
+    bytes.truncate(length);
+    bytes.extend_from_slice(&vec![0; length - bytes.len()]);
 }
 
 fn parent(path: &Path) -> PathBuf {

@@ -19,13 +19,21 @@ pub(super) struct FrameReader {
     length: u64,
     window: Vec<u8>,
     window_start: u64,
+    window_bytes: usize,
 }
 
 impl FrameReader {
     pub(super) fn new(file: &JournalFile) -> io::Result<Self> {
         let disk_file = file.disk_file.clone();
         let length = disk_file.len()?;
-        Ok(Self { disk_file, salt: file.header.salt, length, window: Vec::new(), window_start: 0 })
+        Ok(Self {
+            disk_file,
+            salt: file.header.salt,
+            length,
+            window: Vec::new(),
+            window_start: 0,
+            window_bytes: 0,
+        })
     }
 
     pub(super) fn file_length(&self) -> u64 {
@@ -80,15 +88,17 @@ impl FrameReader {
     /// Bytes from `position`, fewer than `count` only at the end of the file; `count` is at most half a window.
     fn bytes(&mut self, position: u64, count: usize) -> io::Result<&[u8]> {
         let end = (position + count as u64).min(self.length);
-        let window_end = self.window_start + self.window.len() as u64;
+        let window_end = self.window_start + self.window_bytes as u64;
         if position < self.window_start || end > window_end {
-            self.window.resize(WINDOW.min(self.length.saturating_sub(position) as usize), 0);
-            let read = self.disk_file.read_full_at(&mut self.window, position)?;
-            self.window.truncate(read);
+            let wanted = WINDOW.min(self.length.saturating_sub(position) as usize);
+            if self.window.len() < wanted {
+                self.window = vec![0; wanted];
+            }
+            self.window_bytes = self.disk_file.read_full_at(&mut self.window[..wanted], position)?;
             self.window_start = position;
         }
         let from = (position - self.window_start) as usize;
-        let to = (from + count).min(self.window.len());
+        let to = (from + count).min(self.window_bytes);
         Ok(self.window.get(from..to).unwrap_or_default())
     }
 }

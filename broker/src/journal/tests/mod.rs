@@ -35,12 +35,12 @@ fn dir() -> PathBuf {
 fn content(tag: u64, events: usize, batches: &[usize]) -> Content {
     let mut state = tag.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = |length: usize| -> Vec<u8> {
-        let mut bytes: Vec<u8> = (0..length)
-            .map(|_| {
-                state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
-                (state >> 56) as u8
-            })
-            .collect();
+        let words = (0..length.div_ceil(8)).map(|_| {
+            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+            (state ^ (state >> 32)).to_be_bytes()
+        });
+        let mut bytes = words.collect::<Vec<_>>().concat();
+        bytes.truncate(length);
         bytes.iter_mut().zip(tag.to_be_bytes()).for_each(|(byte, tag)| *byte = tag);
         bytes.iter_mut().last().into_iter().for_each(|last| *last |= 1);
         bytes
