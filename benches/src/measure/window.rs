@@ -1,0 +1,125 @@
+//! The window of elapsed time in which is counted.
+//!
+//! Tasks work all the time and count what they finish; [`Window::observe`] takes the difference between two moments. What
+//! warms up before and what is still on its way afterwards is not counted.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::Session;
+use crate::process::{self, Usage};
+use crate::row::Row;
+
+/// How often the counts are looked at.
+const TICK: Duration = Duration::from_millis(5);
+
+/// A count alone on its cache lines, so that tasks on several cores do not slow each other down by counting.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(super) struct Count(AtomicU64);
+
+impl Count {
+    pub(super) fn add(&self, count: u64) {
+        self.0.fetch_add(count, Ordering::Relaxed);
+    }
+}
+
+/// Shared by the tasks of a measurement.
+#[derive(Debug)]
+pub(super) struct Window {
+    phase: AtomicU8,
+    counts: Box<[Count]>,
+}
+
+const WARMING: u8 = 0;
+const COUNTING: u8 = 1;
+const OVER: u8 = 2;
+
+/// How long is measured.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Span {
+    pub(super) warm_up: Duration,
+    pub(super) measured: Duration,
+    /// The window closes early when so many were counted, the warm-up included.
+    pub(super) most: u64,
+}
+
+impl Window {
+    /// With a count for each of so many tasks.
+    pub(super) fn new(tasks: usize) -> Self {
+        let counts = std::iter::repeat_with(Count::default).take(tasks).collect();
+        Self { phase: AtomicU8::new(WARMING), counts }
+    }
+
+    pub(super) fn count(&self, task: usize) -> &Count {
+        &self.counts[task]
+    }
+
+    /// Latencies are recorded now.
+    pub(super) fn is_counting(&self) -> bool {
+        self.phase.load(Ordering::Relaxed) == COUNTING
+    }
+
+    /// Tasks are to end.
+    pub(super) fn is_over(&self) -> bool {
+        self.phase.load(Ordering::Relaxed) == OVER
+    }
+
+    fn total(&self) -> u64 {
+        self.counts.iter().map(|count| count.0.load(Ordering::Relaxed)).sum()
+    }
+
+    /// Warms up, counts, closes; returns a row with rates and usage.
+    pub(super) async fn observe(&self, session: &Session, span: &Span, bytes_per_record: u64) -> Row {
+        let _early = self.pass(span.warm_up, span.most / 2).await;
+        let meter = Meter::start(session);
+        let before = self.total();
+        self.phase.store(COUNTING, Ordering::Relaxed);
+        self.pass(span.measured, span.most).await;
+        let row = meter.finish(self.total() - before, bytes_per_record);
+        self.phase.store(OVER, Ordering::Relaxed);
+        row
+    }
+
+    /// Lets time pass, or less when the total is reached before.
+    async fn pass(&self, time: Duration, most: u64) {
+        let began = Instant::now();
+        while began.elapsed() < time && self.total() < most {
+            tokio::time::sleep(TICK.min(time.saturating_sub(began.elapsed()))).await;
+        }
+    }
+}
+
+/// Elapsed time, and what the two processes used of the machine within it.
+#[derive(Debug)]
+pub(super) struct Meter {
+    began: Instant,
+    pid: Option<u32>,
+    server: Option<Usage>,
+    client: Option<Usage>,
+}
+
+impl Meter {
+    pub(super) fn start(session: &Session) -> Self {
+        let pid = session.pid;
+        Self {
+            server: pid.and_then(process::usage),
+            client: process::usage(std::process::id()),
+            began: Instant::now(),
+            pid,
+        }
+    }
+
+    pub(super) fn finish(self, records: u64, bytes_per_record: u64) -> Row {
+        let mut row = Row::default();
+        row.set_rate(records, bytes_per_record, self.began.elapsed());
+        let server = self.server.zip(self.pid.and_then(process::usage));
+        row.server_cpu_s = server.map(|(before, after)| after.cpu_seconds - before.cpu_seconds);
+        row.disk_bytes =
+            server.and_then(|(before, after)| Some(after.disk_bytes?.saturating_sub(before.disk_bytes?)));
+        row.server_rss_bytes = self.pid.and_then(process::resident_bytes);
+        let client = self.client.zip(process::usage(std::process::id()));
+        row.client_cpu_s = client.map(|(before, after)| after.cpu_seconds - before.cpu_seconds);
+        row
+    }
+}

@@ -1,0 +1,75 @@
+//! One measurement as it is reported.
+
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+
+use crate::workload::Ack;
+
+/// One repetition of one case. What does not apply, or could not be read, is `None` (`null` in JSON).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// Name of the workload, `limits` for the machine.
+    pub workload: String,
+    /// The variant of the workload.
+    pub case: String,
+    /// Who was measured: `felucca` or `machine`.
+    pub peer: String,
+    pub peer_version: Option<String>,
+    /// What an acknowledgement meant.
+    pub ack: Option<Ack>,
+    /// Counts from 1.
+    pub rep: u32,
+    /// Records, or operations, within the measured time.
+    pub records: Option<u64>,
+    pub seconds: Option<f64>,
+    pub records_per_s: Option<f64>,
+    /// Of record values (of whole batches where encoded batches are sent).
+    pub bytes_per_s: Option<f64>,
+    pub p50_us: Option<f64>,
+    pub p99_us: Option<f64>,
+    pub p999_us: Option<f64>,
+    /// Processor time of the broker within the measured time.
+    pub server_cpu_s: Option<f64>,
+    /// Processor time of this process within the measured time.
+    pub client_cpu_s: Option<f64>,
+    /// Resident memory of the broker at the end.
+    pub server_rss_bytes: Option<u64>,
+    /// Bytes that the broker caused to be written to disk within the measured time.
+    pub disk_bytes: Option<u64>,
+}
+
+impl Row {
+    /// Sets records, seconds and the rates that follow from them.
+    pub(crate) fn set_rate(&mut self, records: u64, bytes_per_record: u64, elapsed: Duration) {
+        let seconds = elapsed.as_secs_f64();
+        self.records = Some(records);
+        self.seconds = Some(seconds);
+        self.records_per_s = Some(records as f64 / seconds);
+        if bytes_per_record > 0 {
+            self.bytes_per_s = Some(records as f64 * bytes_per_record as f64 / seconds);
+        }
+    }
+
+    /// Sets the percentiles from latencies in nanoseconds; leaves them out when there are none.
+    pub(crate) fn set_latencies(&mut self, nanoseconds: &Histogram<u64>) {
+        if nanoseconds.is_empty() {
+            return;
+        }
+        let quantile = |q| Some(nanoseconds.value_at_quantile(q) as f64 / 1e3);
+        self.p50_us = quantile(0.5);
+        self.p99_us = quantile(0.99);
+        self.p999_us = quantile(0.999);
+    }
+}
+
+/// An empty histogram of nanoseconds, three digits, that grows as needed.
+pub(crate) fn latencies() -> Histogram<u64> {
+    Histogram::new(3).expect("three digits are possible")
+}
+
+/// Adds one latency. Recording cannot fail in a histogram that grows.
+pub(crate) fn record(histogram: &mut Histogram<u64>, latency: Duration) {
+    histogram.saturating_record(u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX));
+}

@@ -1,0 +1,270 @@
+//! Workloads: what is measured, as plain values read from TOML.
+//!
+//! The standard files are part of the program, so that it measures the same wherever it is run; other files may be named
+//! instead. A key that is not known is an error. A workload with lists stands for one case per combination.
+
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
+
+/// The standard workloads in the order in which they run.
+const STANDARD: &[&str] = &[
+    include_str!("../workloads/w1.toml"),
+    include_str!("../workloads/w3.toml"),
+    include_str!("../workloads/w4.toml"),
+    include_str!("../workloads/w5.toml"),
+    include_str!("../workloads/w6.toml"),
+    include_str!("../workloads/w9.toml"),
+];
+
+/// Those that leave the client library out.
+const RAW: &[&str] =
+    &[include_str!("../workloads/raw-blocks.toml"), include_str!("../workloads/raw-singles.toml")];
+
+/// What an acknowledgement means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ack {
+    /// On the device.
+    Synced,
+    /// In the page cache.
+    Written,
+}
+
+impl Ack {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Synced => "synced",
+            Self::Written => "written",
+        }
+    }
+
+    /// Settings of a topic on which this level is possible and decides what readers see.
+    pub(crate) fn topic_config(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Synced => &[],
+            Self::Written => &[("allow-written", "true"), ("visibility", "written")],
+        }
+    }
+}
+
+/// One file.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Workload {
+    /// How results name it.
+    pub name: String,
+    /// One line for people.
+    pub about: String,
+    pub work: Work,
+}
+
+/// What is done.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Work {
+    /// Records through the client's producer.
+    Produce(Produce),
+    /// Encoded batches straight onto the connection.
+    Raw(Produce),
+    Consume(Consume),
+    EndToEnd(EndToEnd),
+    Share(Share),
+    Footprint(Footprint),
+}
+
+/// Producing as fast as the records in flight allow.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Produce {
+    pub ack: Vec<Ack>,
+    /// Size of a record's value.
+    pub record_bytes: usize,
+    pub partitions: u32,
+    /// Size of a batch; at least one record goes into each.
+    pub batch_bytes: usize,
+    pub producers: Vec<Producers>,
+    pub warm_up_seconds: f64,
+    pub seconds: f64,
+    /// The measurement ends early when so much was produced: the bound on the disk that it needs.
+    pub max_bytes: u64,
+}
+
+/// How producing is spread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Producers {
+    pub connections: u32,
+    /// Records (raw: requests) that each connection has unacknowledged.
+    pub in_flight: usize,
+}
+
+/// Reading what was produced before.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Consume {
+    pub record_bytes: usize,
+    pub partitions: u32,
+    pub batch_bytes: usize,
+    pub consumers: Vec<u32>,
+    pub records: u64,
+}
+
+/// Producing at a fixed rate and reading at the same time.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct EndToEnd {
+    pub ack: Vec<Ack>,
+    pub record_bytes: usize,
+    pub partitions: u32,
+    /// Records per second.
+    pub rate: u32,
+    pub warm_up_seconds: f64,
+    pub seconds: f64,
+}
+
+/// Working through records with a share group.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Share {
+    pub record_bytes: usize,
+    pub partitions: u32,
+    pub batch_bytes: usize,
+    pub members: Vec<u32>,
+    pub receive: Vec<Receive>,
+    /// Records that each member holds leased.
+    pub prefetch: u32,
+    pub records: u64,
+    pub warm_up_seconds: f64,
+    pub seconds: f64,
+}
+
+/// Which part of the client's interface takes the records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Receive {
+    /// The caller takes deliveries and acknowledges them.
+    Next,
+    /// The client runs a handler for each.
+    Worker,
+}
+
+/// Starting the broker on an empty directory.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Footprint {
+    pub starts: u32,
+}
+
+impl Workload {
+    /// Reads a workload.
+    ///
+    /// # Errors
+    /// No such TOML, or values with which nothing can be measured.
+    pub fn parse(text: &str) -> anyhow::Result<Self> {
+        let workload: Self = toml::from_str(text)?;
+        workload.check().with_context(|| format!("workload {}", workload.name))?;
+        Ok(workload)
+    }
+
+    /// The standard workloads, or those without the client library.
+    ///
+    /// # Errors
+    /// None in a tested build.
+    pub fn standard(raw: bool) -> anyhow::Result<Vec<Self>> {
+        let texts = if raw { RAW } else { STANDARD };
+        texts.iter().map(|text| Self::parse(text)).collect()
+    }
+
+    /// A standard workload by its name, whatever the case, or else one from a file.
+    ///
+    /// # Errors
+    /// Neither is there, or the file is not a workload.
+    pub fn find(name: &str) -> anyhow::Result<Self> {
+        for text in STANDARD.iter().chain(RAW) {
+            let workload = Self::parse(text)?;
+            if workload.name.eq_ignore_ascii_case(name) {
+                return Ok(workload);
+            }
+        }
+        let path = Path::new(name);
+        let text = std::fs::read_to_string(path).with_context(|| {
+            format!("{name:?} is neither a standard workload nor a file that can be read")
+        })?;
+        Self::parse(&text).with_context(|| format!("in {name}"))
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        let sound = match &self.work {
+            Work::Produce(work) | Work::Raw(work) => {
+                let some = |producers: &Producers| producers.connections > 0 && producers.in_flight > 0;
+                work.producers.iter().all(some)
+                    && work.partitions > 0
+                    && lasts(work.warm_up_seconds, work.seconds)
+            }
+            Work::Consume(work) => work.records > 0 && work.partitions > 0 && !work.consumers.contains(&0),
+            Work::EndToEnd(work) => {
+                work.rate > 0
+                    && work.partitions > 0
+                    && work.record_bytes >= 8
+                    && lasts(work.warm_up_seconds, work.seconds)
+            }
+            Work::Share(work) => {
+                work.records > 0
+                    && work.partitions > 0
+                    && work.prefetch > 0
+                    && !work.members.contains(&0)
+                    && lasts(work.warm_up_seconds, work.seconds)
+            }
+            Work::Footprint(work) => work.starts > 0,
+        };
+        if !sound {
+            bail!("counts and seconds must be above zero, and end-to-end records have at least 8 bytes");
+        }
+        Ok(())
+    }
+}
+
+/// Not a day: a slip of the pen should not fill the disk.
+fn lasts(warm_up: f64, seconds: f64) -> bool {
+    (0.0..=86_400.0).contains(&warm_up) && seconds > 0.0 && seconds <= 86_400.0
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_file_of_the_folder_is_known_and_sound() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("workloads");
+        let mut files = BTreeSet::new();
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+            let workload = Workload::parse(&std::fs::read_to_string(&path).unwrap()).unwrap();
+            assert_eq!(workload.name.to_lowercase(), name);
+            files.insert(name);
+        }
+        let known: BTreeSet<_> = [Workload::standard(false).unwrap(), Workload::standard(true).unwrap()]
+            .concat()
+            .into_iter()
+            .map(|workload| workload.name.to_lowercase())
+            .collect();
+        assert_eq!(files, known);
+    }
+
+    #[test]
+    fn slips_are_refused() {
+        let with = |line: &str| {
+            Workload::parse(&format!("name = 'x'\nabout = 'y'\n[work]\nkind = 'footprint'\n{line}"))
+        };
+        assert!(with("starts = 3").is_ok());
+        assert!(with("starts = 0").is_err());
+        assert!(with("starts = 3\nends = 3").is_err());
+        assert!(Workload::find("no such workload").is_err());
+        assert_eq!(Workload::find("w1").unwrap().name, "W1");
+    }
+}
