@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::Moved;
 
 /// Larger than any cache.
-const COLD_BYTES: usize = 512 << 20;
+const COLD_BYTES: usize = 256 << 20;
 
 pub(super) fn copy(block: usize, time: Duration) -> Moved {
     let source = vec![7; block];

@@ -40,7 +40,7 @@ pub(super) async fn measure(session: &Session, work: &Consume, consumers: u32) -
     }
     join(tasks).await?;
     let row = meter.finish(records, work.record_bytes as u64);
-    topic.delete().await?;
+    topic.discard(session, &[]).await?;
     Ok(row)
 }
 

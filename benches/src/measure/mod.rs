@@ -10,11 +10,11 @@ mod share;
 mod window;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use bytes::Bytes;
-use felucca_client::Client;
+use felucca_client::{Client, ErrorCode};
 use tokio::task::JoinSet;
 
 use crate::broker::Launcher;
@@ -65,7 +65,7 @@ async fn run(session: Session, case: Case) -> anyhow::Result<Row> {
     }
 }
 
-/// A topic of a measurement. To be deleted at its end, for the sake of a broker that goes on.
+/// A topic of a measurement. To be discarded at its end.
 #[derive(Clone, Debug)]
 struct Topic {
     client: Client,
@@ -83,7 +83,20 @@ impl Topic {
         Ok(Self { client, address: session.address.clone(), name, id: created.id, partitions })
     }
 
-    async fn delete(self) -> anyhow::Result<()> {
+    /// Deletes topic and share groups from a broker that goes on; one that was started for this case ends with its data.
+    async fn discard(self, session: &Session, groups: &[String]) -> anyhow::Result<()> {
+        if session.pid.is_some() {
+            return Ok(());
+        }
+        let began = Instant::now();
+        for group in groups {
+            // Members that went are members until their session times out.
+            while let Err(error) = self.client.admin().delete_group(group).await {
+                let waits = error.code() == Some(ErrorCode::GroupNotEmpty) && began.elapsed() < PATIENCE;
+                ensure!(waits, error);
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
         self.client.admin().delete_topic(&self.name).await?;
         Ok(())
     }

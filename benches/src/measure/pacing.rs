@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// A schedule of evenly spaced records.
@@ -40,7 +41,9 @@ impl Timer {
     pub(super) fn new() -> io::Result<Self> {
         let timer =
             timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
-        Ok(Self(AsyncFd::register(timer)?))
+        // SAFETY: an `OwnedFd` names the same open timer until it is dropped, and the `AsyncFd` owns it.
+        let registered = unsafe { AsyncFd::register_with_interest(timer, Interest::READABLE) };
+        Ok(Self(registered?))
     }
 
     /// Returns at the moment, or at once when it has passed.

@@ -40,19 +40,25 @@ impl Sender {
         Ok(self.producer.enqueue(Record::new(self.topic.clone(), value)).await?)
     }
 
+    /// Waits until everything is acknowledged.
+    pub(super) async fn flush(&self) -> anyhow::Result<()> {
+        timeout(PATIENCE, self.producer.flush()).await.context("no acknowledgement")??;
+        Ok(())
+    }
+
     /// Sends records and waits until all are acknowledged.
     pub(super) async fn send_all(&self, records: u64, value: &Bytes, in_flight: usize) -> anyhow::Result<()> {
         let mut pending = VecDeque::with_capacity(in_flight);
         for _ in 0..records {
             if pending.len() == in_flight
-                && let Some(oldest) = pending.pop_front()
+                && let Some(mut oldest) = pending.pop_front()
             {
-                acknowledged(oldest).await?;
+                acknowledged(&mut oldest).await?;
             }
             pending.push_back(self.enqueue(value.clone()).await?);
         }
-        for ack in pending {
-            acknowledged(ack).await?;
+        for mut ack in pending {
+            acknowledged(&mut ack).await?;
         }
         Ok(())
     }
@@ -68,31 +74,36 @@ impl Sender {
         let mut histogram = latencies();
         let mut pending: VecDeque<(Instant, PendingAck)> = VecDeque::with_capacity(in_flight);
         while !window.is_over() {
-            if pending.len() == in_flight
-                && let Some((enqueued, oldest)) = pending.pop_front()
-            {
-                acknowledged(oldest).await?;
-                window.count(task).add(1);
+            pending.push_back((Instant::now(), self.enqueue(value.clone()).await?));
+            // What has come is counted now; only at the bound is waited.
+            let mut full = pending.len() >= in_flight;
+            while let Some((enqueued, oldest)) = pending.front_mut() {
+                match oldest.now_or_never() {
+                    Some(outcome) => drop(outcome?),
+                    None if full => acknowledged(oldest).await?,
+                    None => break,
+                }
                 if window.is_counting() {
                     record(&mut histogram, enqueued.elapsed());
                 }
+                window.count(task).add(1);
+                pending.pop_front();
+                full = false;
             }
-            pending.push_back((Instant::now(), self.enqueue(value.clone()).await?));
         }
-        for (_, ack) in pending {
-            acknowledged(ack).await?;
+        for (_, mut ack) in pending {
+            acknowledged(&mut ack).await?;
         }
         Ok(histogram)
     }
 }
 
-/// Waits for an acknowledgement, without a timer for those that are there already.
-pub(super) async fn acknowledged(mut pending: PendingAck) -> anyhow::Result<()> {
-    if let Some(result) = (&mut pending).now_or_never() {
-        result?;
-        return Ok(());
-    }
-    timeout(PATIENCE, pending).await.context("no acknowledgement")??;
+/// Waits for an acknowledgement, without a timer when it is there already.
+pub(super) async fn acknowledged(pending: &mut PendingAck) -> anyhow::Result<()> {
+    match pending.now_or_never() {
+        Some(outcome) => outcome?,
+        None => timeout(PATIENCE, pending).await.context("no acknowledgement")??,
+    };
     Ok(())
 }
 
@@ -123,6 +134,6 @@ pub(super) async fn measure(
     }
     ensure!(row.records.is_some_and(|records| records > 0), "nothing was acknowledged");
     row.set_latencies(&all);
-    topic.delete().await?;
+    topic.discard(session, &[]).await?;
     Ok(row)
 }

@@ -211,7 +211,7 @@ pub(super) async fn measure(
     row.records = row.records.map(|requests| requests * encoded.records);
     row.records_per_s = row.records_per_s.map(|requests| requests * encoded.records as f64);
     row.set_latencies(&all);
-    topic.delete().await?;
+    topic.discard(session, &[]).await?;
     Ok(row)
 }
 

@@ -51,8 +51,7 @@ pub(super) async fn measure(
     stop.send_replace(true);
     join(tasks).await?;
     ensure!(row.records.is_some_and(|records| records > 0), "nothing was acknowledged");
-    topic.client.admin().delete_group(&group).await?;
-    topic.delete().await?;
+    topic.discard(session, &[group]).await?;
     Ok(Row { ack: Some(Ack::Synced), ..row })
 }
 

@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::Session;
+use super::{PATIENCE, Session};
 use crate::process::{self, Usage};
 use crate::row::Row;
 
@@ -69,11 +69,14 @@ impl Window {
         self.counts.iter().map(|count| count.0.load(Ordering::Relaxed)).sum()
     }
 
-    /// Warms up, counts, closes; returns a row with rates and usage.
+    /// Warms up, counts, closes; returns a row with rates and usage. Neither warm-up nor window ends before something was
+    /// counted in it, unless nothing ever is. When the warm-up took most of the work, the window began with it.
     pub(super) async fn observe(&self, session: &Session, span: &Span, bytes_per_record: u64) -> Row {
-        let _early = self.pass(span.warm_up, span.most / 2).await;
-        let meter = Meter::start(session);
-        let before = self.total();
+        let whole = Meter::start(session);
+        self.pass(span.warm_up, span.most / 2).await;
+        let warmed_up = self.total();
+        let (meter, before) =
+            if warmed_up > span.most / 2 { (whole, 0) } else { (Meter::start(session), warmed_up) };
         self.phase.store(COUNTING, Ordering::Relaxed);
         self.pass(span.measured, span.most).await;
         let row = meter.finish(self.total() - before, bytes_per_record);
@@ -83,9 +86,14 @@ impl Window {
 
     /// Lets time pass, or less when the total is reached before.
     async fn pass(&self, time: Duration, most: u64) {
-        let began = Instant::now();
-        while began.elapsed() < time && self.total() < most {
-            tokio::time::sleep(TICK.min(time.saturating_sub(began.elapsed()))).await;
+        let (began, before) = (Instant::now(), self.total());
+        loop {
+            let (elapsed, total) = (began.elapsed(), self.total());
+            let enough = elapsed >= time && (total > before || elapsed >= PATIENCE);
+            if enough || total >= most {
+                return;
+            }
+            tokio::time::sleep(TICK.min(time.saturating_sub(elapsed)).max(Duration::from_millis(1))).await;
         }
     }
 }
