@@ -356,6 +356,50 @@ fn a_server_that_cannot_start_says_why() {
 }
 
 #[test]
+fn files_are_looked_into_without_a_broker() {
+    let shell = Shell::new();
+    shell.run("topic create orders --config segment-bytes=64KiB").ok();
+    let lines: String = (0..20_000).map(|number| format!("record number {number}\n")).collect();
+    shell.run_with("produce orders", lines.as_bytes()).ok();
+    let Shell { broker, data } = shell;
+    assert!(broker.stop());
+    let offline = |line: &str| {
+        let child = command(line).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        finish(child.expect("the command starts"))
+    };
+    let dir = data.path().display();
+
+    let frames = offline(&format!("journal dump --data-dir {dir} --events --output json")).ok().lines();
+    let text = offline(&format!("journal dump --data-dir {dir} --events")).ok().stdout;
+    for event in ["TopicCreated", "Appended", "Booted", "Stopped"] {
+        assert!(text.contains(event), "{event}");
+    }
+    let batches = frames.iter().filter_map(|frame| frame["batches"].as_array()).flatten();
+    let records: u64 = batches.map(|batch| batch["records"].as_u64().unwrap()).sum();
+    assert_eq!(records, 20_000);
+
+    let segments = offline(&format!("log verify --data-dir {dir} --output json")).ok().lines();
+    assert!(segments.len() > 2, "{} segments", segments.len());
+    let records: u64 = segments.iter().map(|segment| segment["records"].as_u64().unwrap()).sum();
+    assert_eq!(records, 20_000);
+    let file = segments[0]["file"].as_str().unwrap();
+    let first = offline(&format!("log dump {file} --output json")).ok().lines().remove(0);
+    assert_eq!((&first["base_offset"], &first["position"]), (&0.into(), &0.into()));
+    let record = offline(&format!("log dump {file} --records --output json")).ok().lines().remove(0);
+    assert_eq!(record["value"], "record number 0");
+
+    let mut bytes = std::fs::read(file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(file, bytes).unwrap();
+    let done = offline(&format!("log verify --data-dir {dir}"));
+    done.refused(1, "1 segments are damaged");
+    assert!(done.stdout.contains(&format!("DAMAGED  {file}: position ")), "{}", done.stdout);
+    offline("log dump /nonexistent/file.log").refused(1, "/nonexistent/file.log");
+    offline("journal dump --data-dir /nonexistent").refused(1, "/nonexistent/journal");
+}
+
+#[test]
 fn completions_are_printed_for_shells() {
     for shell in ["bash", "zsh", "fish"] {
         let child =

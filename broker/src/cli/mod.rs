@@ -7,6 +7,8 @@ mod config;
 mod consume;
 mod dlq;
 mod group;
+mod journal;
+mod log;
 mod output;
 mod parse;
 mod produce;
@@ -94,6 +96,12 @@ enum Command {
     /// Records that were given up: list, show, redrive, purge
     #[command(subcommand)]
     Dlq(dlq::Dlq),
+    /// Look into a journal, offline
+    #[command(subcommand)]
+    Journal(journal::Journal),
+    /// Look into segment files, offline
+    #[command(subcommand)]
+    Log(log::Log),
     /// Print a completion script for a shell
     #[command(after_help = "Example:\n  felucca completions bash > /etc/bash_completion.d/felucca")]
     Completions { shell: clap_complete::Shell },
@@ -130,6 +138,8 @@ impl Cli {
                     if command.is_long() { connection.timeout.max(LONG_WORK) } else { connection.timeout };
                 connection.ask_patiently(patience, |client, format| command.run(client, format))
             }
+            Command::Journal(command) => command.run(connection.format()),
+            Command::Log(command) => command.run(connection.format()),
             Command::Completions { shell } => {
                 // By way of memory: the generator panics when stdout is closed.
                 let mut script = Vec::new();

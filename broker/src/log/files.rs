@@ -176,7 +176,7 @@ impl SegmentFiles {
 }
 
 /// Reads `<base offset>-<generation>.<extension>`.
-fn parse_name(partition: PartitionKey, file: &str) -> Option<SegmentName> {
+pub(super) fn parse_name(partition: PartitionKey, file: &str) -> Option<SegmentName> {
     let (stem, _) = file.split_once('.')?;
     let (base_offset, generation) = stem.split_once('-')?;
     Some(SegmentName {

@@ -11,11 +11,13 @@
 //! in large pieces, and synced only for the checkpoint.
 //!
 //! Order of reading: `view` (what readers see), `tail`, `segment`, `walk` (reading and proving), `index`, `queue`,
-//! `writer` (its front), `thread` (what it does), `scan` (looking into batches).
+//! `writer` (its front), `thread` (what it does), `scan` (looking into batches); `inspect` looks at segment files from
+//! outside.
 
 mod error;
 mod files;
 mod index;
+mod inspect;
 mod lru;
 mod queue;
 mod scan;
@@ -30,6 +32,7 @@ mod walk;
 mod writer;
 
 pub use error::{LogFailure, ReadError};
+pub use inspect::{Flaw, Inspected, SegmentFile};
 pub use scan::{Scanned, read_record, scan, scan_memory};
 pub use view::ReadView;
 pub use views::Views;
