@@ -122,7 +122,6 @@ pub(crate) fn start(
     };
     let journal =
         Journal::recover(disk.clone(), &data_dir.join("journal"), options.journal, from, &mut apply)?;
-    log.condemn_unknown().map_err(StartError::Log)?;
     let recovered = journal.recovered();
     if let Some((file, position)) = &recovered.torn {
         tracing::warn!(file = %file.display(), position, "the journal's end was torn by a crash and has been cut");
