@@ -154,3 +154,90 @@ impl Mails {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::events::{Event, PaymentFailed, TraceParent};
+
+    /// As much of an SMTP server as a mail takes; it accepts the connection's mail or refuses it for the moment.
+    async fn smtp_session(
+        stream: TcpStream,
+        accepts: bool,
+        taken: &mpsc::Sender<String>,
+    ) -> std::io::Result<()> {
+        let mut stream = BufReader::new(stream);
+        stream.write_all(b"220 test\r\n").await?;
+        let mut line = String::new();
+        while stream.read_line(&mut line).await? > 0 {
+            let answer = match line.split_whitespace().next().unwrap_or_default() {
+                "MAIL" if !accepts => "451 not now\r\n",
+                "DATA" => {
+                    stream.write_all(b"354 go on\r\n").await?;
+                    let mut mail = String::new();
+                    while !mail.ends_with("\r\n.\r\n") {
+                        stream.read_line(&mut mail).await?;
+                    }
+                    taken.send(mail).await.ok();
+                    "250 taken\r\n"
+                }
+                _ => "250 ok\r\n",
+            };
+            stream.write_all(answer.as_bytes()).await?;
+            line.clear();
+        }
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn a_mail_goes_out_over_smtp_and_not_again_once_that_is_noted() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("smtp://{}", listener.local_addr().unwrap());
+        let (taken, mut mails_taken) = mpsc::channel(8);
+        tokio::spawn(async move {
+            for connection in 0.. {
+                let (stream, _) = listener.accept().await?;
+                smtp_session(stream, connection > 0, &taken).await?;
+            }
+            std::io::Result::Ok(())
+        });
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("sent.db")).unwrap();
+        let mails = Mails { store, route: Route::Smtp(smtp_transport(&url).unwrap()) };
+        let event = Event::PaymentFailed(PaymentFailed {
+            order_id: uuid::Uuid::from_u128(7),
+            customer: "00004".to_owned(),
+            cents: 2_933,
+            reason: "insufficient funds".to_owned(),
+        });
+        let envelope = Envelope::new("/test", events::now(), TraceParent::generate(), event);
+        let send = async || mails.send_once(&envelope, compose::compose(&envelope).unwrap()).await;
+
+        let refused = send().await.unwrap_err();
+        assert!(format!("{refused:#}").contains("not now"), "{refused:#}");
+        send().await.unwrap();
+        send().await.unwrap();
+        let mail = mails_taken.recv().await.unwrap();
+        assert!(mail.contains(&format!("Message-ID: {}", message_id(envelope.id))), "{mail}");
+        assert!(mails_taken.try_recv().is_err(), "sent again");
+    }
+
+    #[test]
+    fn only_plain_smtp_urls_are_taken() {
+        assert!(smtp_transport("smtp://localhost").is_ok());
+        assert!(smtp_transport("smtp://localhost:2525/").is_ok());
+        for url in [
+            "localhost:25",
+            "smtps://localhost",
+            "smtp://",
+            "smtp://me:secret@localhost",
+            "smtp://localhost:x",
+        ] {
+            assert!(smtp_transport(url).is_err(), "{url} was taken");
+        }
+    }
+}
