@@ -16,10 +16,12 @@ pub(crate) mod store;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 pub(crate) use api::OrderList;
 
@@ -28,6 +30,9 @@ use store::Store;
 
 /// CloudEvents `source` of this service's events.
 pub(crate) const SOURCE: &str = "/services/order";
+
+/// What was under way when the service was told to stop may take so long.
+const GRACE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct OrderArgs {
@@ -72,6 +77,22 @@ pub(crate) async fn run(args: OrderArgs) -> anyhow::Result<()> {
         )
         .map(|_| ())
     };
+    let exchange = async {
+        tokio::select! {
+            done = exchange => done,
+            // As after a kill: the outbox and the positions have what the next start needs.
+            () = grace_over(&stop) => {
+                tracing::warn!("the broker does not answer; stopping without it");
+                Ok(())
+            }
+        }
+    };
     tokio::try_join!(serve, exchange)?;
     Ok(())
+}
+
+/// Ready when the broker has had its time to answer what was under way when the service was told to stop.
+async fn grace_over(stop: &CancellationToken) {
+    stop.cancelled().await;
+    tokio::time::sleep(GRACE).await;
 }

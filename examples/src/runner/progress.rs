@@ -156,7 +156,7 @@ pub(crate) async fn until_quiet(
 pub(crate) async fn display(mut progress: watch::Receiver<Snapshot>) {
     let bar = std::io::stderr().is_terminal().then(|| {
         let bar = ProgressBar::new(2 * progress.borrow().purchases as u64);
-        let style = ProgressStyle::with_template("{spinner} [{elapsed_precise}] {bar:24} {msg}");
+        let style = ProgressStyle::with_template("{spinner} [{elapsed_precise}] {bar:16} {wide_msg}");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         bar
     });
