@@ -35,7 +35,7 @@ orders *flags:
 
 # The documentation of every crate, in a browser.
 doc:
-    cargo doc --workspace --no-deps --open
+    cargo doc --workspace --no-deps --document-private-items --open
 
 # Writes docs/configuration.md from the table of settings.
 docs-config:

@@ -1,5 +1,7 @@
 //! The `felucca` command as programs and people use it: real processes, their output and exit codes.
 
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};

@@ -1,5 +1,7 @@
 //! A broker process that is killed again and again under load: what it acknowledged is there, once, in order.
 
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

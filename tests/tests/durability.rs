@@ -1,6 +1,8 @@
 //! No `synced` reply leaves before its `fdatasync` has returned: seen from outside, in the system calls of a real broker.
 //! Needs `strace`.
 
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 use std::collections::HashSet;
 use std::path::Path;
 use std::time::Duration;
@@ -55,7 +57,7 @@ fn parse(trace: &str) -> Vec<Call> {
                 }
             }
             "sendto" | "sendmsg" | "writev" | "write" if begins && call.contains("TCP") => {
-                calls.push(Call::Send)
+                calls.push(Call::Send);
             }
             _ => {}
         }

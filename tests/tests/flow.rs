@@ -1,5 +1,7 @@
 //! The way of a record, from the producer through the log to readers and workers, in one process.
 
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 use std::path::Path;
 use std::time::Duration;
 

@@ -117,7 +117,7 @@ impl BatchBuilder {
         self.count == 0
     }
 
-    /// Ends the batch. One without records is well-formed, but [`super::validate`] refuses it.
+    /// Ends the batch. One without records is well-formed, but [`super::validate()`] refuses it.
     pub fn finish(mut self) -> BytesMut {
         let mut attributes = 0;
         if self.compression == Compression::Lz4
