@@ -72,3 +72,26 @@ fn every_subcommand_is_described() {
         );
     }
 }
+
+/// Targets of `[text](target)`.
+fn links(text: &str) -> impl Iterator<Item = &str> {
+    text.split("](").skip(1).filter_map(|rest| rest.split_once(')').map(|(target, _)| target))
+}
+
+#[test]
+fn links_between_documents_lead_somewhere() {
+    let root = document(".");
+    let mut documents: Vec<PathBuf> =
+        fs::read_dir(document("docs")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    documents.extend(fs::read_dir(&root).unwrap().map(|entry| entry.unwrap().path()));
+    documents.retain(|path| path.extension().is_some_and(|extension| extension == "md"));
+    assert!(documents.len() > 5, "{documents:?}");
+    for path in documents {
+        let text = fs::read_to_string(&path).unwrap();
+        for target in links(&text).filter(|target| !target.contains("://") && !target.starts_with('#')) {
+            let file = target.split('#').next().unwrap();
+            let found = path.parent().unwrap().join(file).exists();
+            assert!(found, "{} links to {target}, which does not exist", path.display());
+        }
+    }
+}
