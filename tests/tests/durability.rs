@@ -87,7 +87,9 @@ async fn trace(level: Level, config: &[(&str, &str)], dir: &Path) -> Vec<Call> {
     let file = dir.join("trace");
     let strace = ["strace", "-f", "-yy", "-o", file.to_str().unwrap()];
     let filter = ["-e", "trace=pwritev,pwritev2,pwrite64,fdatasync,fsync,sendto,sendmsg,writev,write", "--"];
-    let program: Vec<&str> = strace.into_iter().chain(filter).collect();
+    // The broker ends with its tracer, which the test kills.
+    let tied = ["setpriv", "--pdeathsig", "KILL"];
+    let program: Vec<&str> = strace.into_iter().chain(filter).chain(tied).collect();
     let broker = BrokerProcess::start_under(&program, &dir.join("data"), "127.0.0.1:0", &[]);
     let client = Client::connect(broker.address().to_string()).await.unwrap();
     client.admin().create_topic("orders", 1, config).await.unwrap();
