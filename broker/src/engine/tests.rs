@@ -43,24 +43,29 @@ impl Bench {
             hold_sync: false,
             hold_letters: false,
         };
-        bench.boot();
+        bench.boot_as("machine");
         bench
     }
 
-    fn boot(&mut self) {
+    fn boot_as(&mut self, machine: &str) {
         let mut out = Effects::default();
-        self.engine.boot(self.now, self.lsn, "machine", &mut out);
+        self.engine.boot(self.now, self.lsn, machine, &mut out);
         self.end_turn(out);
     }
 
     /// A killed process: everything written is there, everything else is gone.
     fn reopen(&mut self) {
+        self.reopen_as("machine");
+    }
+
+    /// The same on another run of the machine, when that has another name.
+    fn reopen_as(&mut self, machine: &str) {
         self.engine = Engine::new(EngineSettings::default());
         for (events, batches) in self.frames.clone() {
             self.engine.replay(&events, batches, &mut Effects::default()).unwrap();
         }
         self.deliveries.clear();
-        self.boot();
+        self.boot_as(machine);
     }
 
     fn ask(&mut self, command: Command) -> Reply {
@@ -320,13 +325,7 @@ fn after_a_power_loss_a_partition_that_showed_unsynced_offsets_resumes_above_the
     bench.topic(&[("allow-written", "true"), ("visibility", "written")]);
     let entry = || AppendEntry { partition: P0, batch: staged(None, 1) };
     bench.append_entry(entry(), Level::Written).unwrap();
-    bench.engine = Engine::new(EngineSettings::default());
-    for (events, batches) in bench.frames.clone() {
-        bench.engine.replay(&events, batches, &mut Effects::default()).unwrap();
-    }
-    let mut out = Effects::default();
-    bench.engine.boot(bench.now, bench.lsn, "another run of the machine", &mut out);
-    bench.end_turn(out);
+    bench.reopen_as("another run of the machine");
     let next = bench.append_entry(entry(), Level::Written).unwrap().base_offset;
     assert!(next > 1, "{next}");
 }
@@ -521,6 +520,46 @@ fn a_key_is_free_only_when_the_settlement_before_is_synced() {
     let first = bench.take_one();
     bench.hold_sync = true;
     bench.settle("m", first, Outcome::Ack);
+    assert!(bench.offsets().is_empty());
+    bench.hold_sync = false;
+    bench.advance(1);
+    assert_eq!(bench.offsets(), [1]);
+}
+
+/// After a restart, the records from 0 to 2 of one key or two, leased or returned before anything is scanned again.
+fn reopened_with_leases(keys: [&[u8]; 4]) -> (Bench, Vec<LeaseRef>) {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.group(&[("ordering", "key"), ("max-failures", "10")]);
+    for key in keys {
+        bench.append(Some(key), 1).unwrap();
+    }
+    bench.subscribe(1, "m", 10);
+    let leases: Vec<LeaseRef> = bench.delivered().into_iter().map(|(lease, _, _)| lease).collect();
+    bench.reopen();
+    (bench, leases)
+}
+
+#[test]
+fn a_returned_record_that_the_low_watermark_passed_after_a_restart_is_not_forgotten() {
+    let (mut bench, leases) = reopened_with_leases([b"a", b"b", b"c", b"b"]);
+    assert_eq!(leases.len(), 3);
+    bench.settle("m", leases[1], nack());
+    bench.settle("m", leases[0], Outcome::Ack);
+    bench.settle("m", leases[2], Outcome::Ack);
+    assert_eq!(bench.counts().position, Some(3));
+    bench.subscribe(2, "m", 10);
+    assert!(bench.offsets().is_empty(), "the third b waits for the second record, which is scheduled");
+    bench.advance(100);
+    assert_eq!(bench.take_one().offset, 1);
+}
+
+#[test]
+fn a_key_that_was_settled_before_it_was_scanned_again_waits_for_the_sync_too() {
+    let (mut bench, leases) = reopened_with_leases([b"a", b"a", b"a", b"a"]);
+    bench.hold_sync = true;
+    bench.settle("m", leases[0], Outcome::Ack);
+    bench.subscribe(2, "m", 10);
     assert!(bench.offsets().is_empty());
     bench.hold_sync = false;
     bench.advance(1);

@@ -433,6 +433,7 @@ impl ShareGroup {
     fn after_change(&mut self, stage: &mut Stage<'_>, key: PartitionKey) {
         let Some(partition) = self.partitions.get_mut(&key) else { return };
         self.unscanned.insert(key);
+        partition.queue.catch_up(&partition.state);
         if partition.queue.has_ready() {
             self.ready.insert(key);
             stage.pump.insert(self.name.clone());

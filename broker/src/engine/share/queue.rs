@@ -103,14 +103,21 @@ impl Queue {
         {
             return None;
         }
-        // `low` may have passed offsets that were to be scanned; what is unsettled there is listed, and no scan meets it.
-        for (&offset, exception) in state.exceptions().range(self.scan_next..state.low().max(self.scan_next))
-        {
-            self.admit(state, offset, exception.slot, exception.size);
-        }
         let from = state.next_unsettled(self.scan_next).min(high_watermark);
         self.scan_next = self.scan_next.max(from);
         (self.scan_next < high_watermark).then_some(self.scan_next)
+    }
+
+    /// Settlements after a restart can move `low` past what was not scanned yet: below it only exceptions are unsettled, and
+    /// they are known. A scan in flight meets them itself.
+    pub(crate) fn catch_up(&mut self, state: &ShareState) {
+        if self.scan_in_flight || self.scan_next >= state.low() {
+            return;
+        }
+        for (&offset, exception) in state.exceptions().range(self.scan_next..state.low()) {
+            self.admit(state, offset, exception.slot, exception.size);
+        }
+        self.scan_next = state.low();
     }
 
     pub(crate) fn scan_started(&mut self) {
@@ -216,18 +223,18 @@ impl Queue {
         self.returned.remove(&offset);
         self.letters.remove(&offset);
         self.letters_in_flight.remove(&offset);
-        if let Some(slot) = slot.filter(|_| self.ordered)
-            && let Some(chain) = self.chains.get_mut(&slot)
-        {
+        let Some(slot) = slot.filter(|_| self.ordered) else { return };
+        if let Some(chain) = self.chains.get_mut(&slot) {
             if chain.remove(&offset).is_some() {
                 self.chained -= 1;
             }
             if chain.is_empty() {
                 self.chains.remove(&slot);
             }
-            self.blocked.insert(slot, lsn);
-            self.freed.push_back((lsn, slot));
         }
+        // Also when nothing of the slot was scanned yet, as after a restart: its next record must wait none the less.
+        self.blocked.insert(slot, lsn);
+        self.freed.push_back((lsn, slot));
     }
 
     /// The record came back and may be tried again at once.
