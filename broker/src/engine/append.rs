@@ -32,9 +32,16 @@ impl Engine {
         let mut level = asked;
         let mut results = Vec::with_capacity(entries.len());
         for entry in entries {
-            let checked = self.check_append(entry.partition, asked, &entry.batch.header, Origin::Producer);
+            let header = &entry.batch.header;
+            let checked = self.check_append(entry.partition, asked, header, Origin::Producer);
+            let count = u64::from(header.last_offset_delta) + 1;
             results.push(checked.map(|sequence| match sequence {
-                Sequence::Duplicate(base_offset) => Appended { base_offset, duplicate: true },
+                Sequence::Duplicate(base_offset) => {
+                    let partition = self.partitions.get(&entry.partition);
+                    let shown_at = partition.map(|partition| partition.may_show(base_offset + count));
+                    level = level.max(shown_at.unwrap_or(Level::Synced));
+                    Appended { base_offset, duplicate: true }
+                }
                 Sequence::Next => {
                     let (base_offset, shown_at) = self.append_checked(lsn, entry.partition, entry.batch, out);
                     level = level.max(shown_at);
@@ -94,15 +101,11 @@ impl Engine {
             };
             self.stage_event(Kind::SegmentAdded(added), out);
         }
-        let mut may_show = Level::Written;
         if config.allow_written
             && let Some(partition) = self.partitions.get(&key)
             && let Some(ceiling) = partition.next_ceiling()
         {
-            if partition.end >= partition.ceiling {
-                // Nothing synced covers these offsets yet.
-                may_show = Level::Synced;
-            }
+            self.ceilings.push_back((lsn, key, ceiling));
             let raised = event::CeilingRaised { topic_id: topic_id.clone(), partition: index, ceiling };
             self.stage_event(Kind::CeilingRaised(raised), out);
         }
@@ -112,6 +115,7 @@ impl Engine {
         let bytes = batch.bytes.freeze();
         let write = partition.append(&batch.header, bytes.clone(), self.settings.max_producers_per_partition);
         let high_watermark = partition.end;
+        let may_show = partition.may_show(high_watermark);
         self.desk.dirty.insert(super::stage::RowKey::Partition(key));
         out.events.push(Event { kind: Some(Kind::Appended(event::Appended { topic_id, partition: index })) });
         out.batches.push(bytes);

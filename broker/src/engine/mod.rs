@@ -112,6 +112,8 @@ pub struct Engine {
     /// High watermarks to come: (frame, partition, end), for each level in the order of frames.
     unwritten: VecDeque<(Lsn, PartitionKey, u64)>,
     unsynced: VecDeque<(Lsn, PartitionKey, u64)>,
+    /// Ceilings that were raised and are not synced yet, in the order of frames.
+    ceilings: VecDeque<(Lsn, PartitionKey, u64)>,
     /// Share partitions in which a key waits for a settlement to be synced.
     uncommitted: BTreeSet<(Arc<str>, PartitionKey)>,
 }
@@ -137,6 +139,7 @@ impl Engine {
             desk,
             unwritten: VecDeque::new(),
             unsynced: VecDeque::new(),
+            ceilings: VecDeque::new(),
             uncommitted: BTreeSet::new(),
         }
     }
@@ -209,7 +212,8 @@ impl Engine {
         self.desk.boot_epoch = boot_epoch;
         self.desk.next_sequence = 0;
         self.desk.timers.clear();
-        for partition in self.partitions.values() {
+        for partition in self.partitions.values_mut() {
+            partition.covered = partition.ceiling;
             self.desk.high_watermarks.insert(partition.key, partition.end);
             out.advances.push(Advance {
                 partition: partition.key,
@@ -349,6 +353,14 @@ impl Engine {
                         }
                     }
                 }
+            }
+        }
+        while let Some(&(at, key, ceiling)) = self.ceilings.front()
+            && at <= synced
+        {
+            self.ceilings.pop_front();
+            if let Some(partition) = self.partitions.get_mut(&key) {
+                partition.covered = ceiling;
             }
         }
         let waiting = std::mem::take(&mut self.uncommitted);

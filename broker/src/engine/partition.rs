@@ -10,15 +10,15 @@ use felucca_protocol::batch::{self, BatchHeader};
 use super::effect::{SegmentName, SegmentWrite};
 use super::error::EngineError;
 use super::event::{PartitionRow, ProducerBatchRow, ProducerRow, SegmentRow};
-use super::types::PartitionKey;
+use super::types::{Level, PartitionKey};
 
 /// Batches remembered per producer: as many as a producer may have in flight (Kafka's `max.in.flight.requests` with
 /// idempotence).
 const REMEMBERED_BATCHES: usize = 5;
 /// Sequences wrap to 0 after it, as Kafka's do.
 const MAX_SEQUENCE: u32 = i32::MAX as u32;
-/// How far a ceiling is raised ahead of the end, and how near the end may come before it is raised again. At most 16 MiB of
-/// journal are unsynced at a time, so the raise is synced long before the end has passed the old ceiling.
+/// How far a ceiling is raised ahead of the end, and how near the end may come before it is raised again: the raise is
+/// synced long before the end has passed the old ceiling, and nobody waits for it.
 const CEILING_AHEAD: u64 = 16 << 20;
 const CEILING_MARGIN: u64 = 8 << 20;
 
@@ -51,6 +51,8 @@ pub(crate) struct Partition {
     pub(crate) end: u64,
     /// Every offset below it may have been shown before it was synced; 0 on a partition that shows synced records only.
     pub(crate) ceiling: u64,
+    /// The ceiling that is on the device: derived. What lies below it may be shown before it is synced.
+    pub(crate) covered: u64,
     /// Never empty; the last one is written to.
     pub(crate) segments: Vec<Segment>,
     producers: BTreeMap<u64, Producer>,
@@ -73,6 +75,7 @@ impl Partition {
             log_start: 0,
             end: 0,
             ceiling: 0,
+            covered: 0,
             segments: vec![first],
             producers: BTreeMap::new(),
         }
@@ -121,6 +124,11 @@ impl Partition {
     /// The ceiling to raise to before more is shown unsynced, if it is time.
     pub(crate) fn next_ceiling(&self) -> Option<u64> {
         (self.end + CEILING_MARGIN > self.ceiling).then_some(self.end + CEILING_AHEAD)
+    }
+
+    /// The level before which offsets below `end` may not be shown: a power loss must not make room for others there.
+    pub(crate) fn may_show(&self, end: u64) -> Level {
+        if end <= self.covered { Level::Written } else { Level::Synced }
     }
 
     /// Writes offset and epoch into a batch that is about to be appended.

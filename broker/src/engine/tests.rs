@@ -26,6 +26,8 @@ struct Bench {
     deliveries: Vec<Delivery>,
     ended: Vec<SubscriptionId>,
     hold_sync: bool,
+    /// Of the last answer.
+    level: Level,
     /// Dead letters are made, but not yet handed in.
     hold_letters: bool,
 }
@@ -41,6 +43,7 @@ impl Bench {
             deliveries: Vec::new(),
             ended: Vec::new(),
             hold_sync: false,
+            level: Level::Synced,
             hold_letters: false,
         };
         bench.boot_as("machine");
@@ -91,7 +94,10 @@ impl Bench {
 
     fn end_turn(&mut self, mut out: Effects) -> Option<Reply> {
         self.engine.finish(self.now, self.lsn, &mut out);
-        let reply = out.replies.pop().map(|pending| pending.reply);
+        let reply = out.replies.pop().map(|pending| {
+            self.level = pending.level;
+            pending.reply
+        });
         self.write(&mut out);
         for write in &out.segment_writes {
             for record in &batch::scan(&write.bytes).unwrap() {
@@ -328,6 +334,29 @@ fn after_a_power_loss_a_partition_that_showed_unsynced_offsets_resumes_above_the
     bench.reopen_as("another run of the machine");
     let next = bench.append_entry(entry(), Level::Written).unwrap().base_offset;
     assert!(next > 1, "{next}");
+}
+
+#[test]
+fn offsets_are_shown_unsynced_only_when_a_synced_ceiling_covers_them() {
+    let mut bench = Bench::new();
+    bench.topic(&[("allow-written", "true")]);
+    let Reply::Producer { producer_id, epoch } = bench.ask(Command::InitProducer) else { panic!() };
+    let batch = |sequence: i32| {
+        let builder = BatchBuilder::new().producer(producer_id.cast_signed(), epoch.cast_signed(), sequence);
+        AppendEntry { partition: P0, batch: finish(builder, None, 1) }
+    };
+    bench.hold_sync = true;
+    for (sequence, what) in [(0, "raises the ceiling"), (1, "comes before its sync"), (0, "is repeated")] {
+        bench.append_entry(batch(sequence), Level::Written).unwrap();
+        assert_eq!(bench.level, Level::Synced, "{what}");
+    }
+    bench.hold_sync = false;
+    bench.advance(1);
+    bench.hold_sync = true;
+    for (sequence, what) in [(2, "is covered"), (0, "is repeated")] {
+        bench.append_entry(batch(sequence), Level::Written).unwrap();
+        assert_eq!(bench.level, Level::Written, "{what}");
+    }
 }
 
 #[test]
