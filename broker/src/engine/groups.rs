@@ -434,6 +434,7 @@ impl Engine {
             group.subscribe(&mut self.desk.stage(now, lsn, out), id, member, credit, held);
         }
         self.subscriptions.insert(id, name.clone());
+        self.watch_commits(&name);
         self.desk.pump.insert(name);
         Ok(Reply::Done)
     }

@@ -30,6 +30,8 @@ struct Bench {
     level: Level,
     /// Dead letters are made, but not yet handed in.
     hold_letters: bool,
+    /// Dead letters cannot be made.
+    unreadable: bool,
 }
 
 impl Bench {
@@ -45,6 +47,7 @@ impl Bench {
             hold_sync: false,
             level: Level::Synced,
             hold_letters: false,
+            unreadable: false,
         };
         bench.boot_as("machine");
         bench
@@ -131,7 +134,7 @@ impl Bench {
         }
         if !self.hold_letters {
             for read in out.dead_letter_reads {
-                let letter = Ok(staged(Some(b"k"), 1));
+                let letter = if self.unreadable { Err("damaged".to_owned()) } else { Ok(staged(Some(b"k"), 1)) };
                 let (group, partition, offset) = (read.group, read.partition, read.offset);
                 let built = Command::DeadLetterBuilt { group, partition, offset, letter };
                 self.engine.step(self.now, self.lsn, None, built, &mut follow_up);
@@ -413,6 +416,79 @@ fn reply_table_others() {
         positions: vec![(0, SeekTo::Beginning)],
     });
     assert_eq!(bench.status("a", lease, Outcome::Ack), SettleStatus::Fenced);
+}
+
+#[test]
+fn reply_table_repeated_after_the_record_was_leased_again() {
+    let (mut bench, lease) = leased(&[]);
+    let retry = Outcome::Nack { delay_ms: Some(0), counted: true, detail: FailureDetail::default() };
+    bench.settle("a", lease, retry.clone());
+    bench.tell(Command::ShareCredit { subscription: SubscriptionId(1), records: 1, bytes: 0 });
+    bench.advance(0);
+    assert_eq!(bench.offsets(), [0]);
+    assert_eq!(bench.status("a", lease, retry), SettleStatus::Duplicate);
+    assert_eq!(bench.status("a", lease, Outcome::Ack), SettleStatus::Conflict);
+    assert_eq!(bench.status("a", lease, EXTEND), SettleStatus::Gone);
+}
+
+#[test]
+fn reply_table_dead() {
+    for on_exhausted in ["dead-letter", "discard"] {
+        let (mut bench, lease) =
+            leased(&[("lease", "1s"), ("max-failures", "1"), ("on-exhausted", on_exhausted)]);
+        bench.advance(1_000);
+        let counts = bench.counts();
+        assert_eq!(counts.dead_lettered + counts.discarded, 1);
+        for outcome in [Outcome::Ack, nack(), EXTEND] {
+            assert_eq!(bench.status("a", lease, outcome), SettleStatus::Stale, "{on_exhausted}");
+        }
+    }
+}
+
+#[test]
+fn only_the_last_holder_may_acknowledge_late() {
+    let (mut bench, lease) = leased(&[("lease", "1s"), ("backoff-initial", "10s"), ("backoff-max", "10s")]);
+    bench.advance(1_000);
+    assert_eq!(bench.status("b", lease, Outcome::Ack), SettleStatus::NotOwner);
+    assert_eq!(bench.status("a", lease, Outcome::Ack), SettleStatus::Late);
+}
+
+#[test]
+fn a_lease_that_was_lost_with_the_power_settles_nothing_and_is_told_so() {
+    let (mut bench, lease) = leased(&[]);
+    // The frame of the grant is gone.
+    bench.frames.pop();
+    bench.lsn -= 1;
+    bench.reopen_as("another run of the machine");
+    for outcome in [Outcome::Ack, nack(), EXTEND] {
+        assert_eq!(bench.status("a", lease, outcome), SettleStatus::Stale);
+    }
+    bench.subscribe(2, "a", 1);
+    assert_eq!(bench.offsets(), [0]);
+}
+
+#[test]
+fn a_member_that_dies_on_a_record_and_comes_back_under_its_name_does_not_get_it_for_ever() {
+    let (mut bench, _) = leased(&[("max-deliveries", "3")]);
+    for subscription in 2..10 {
+        bench.subscribe(subscription, "a", 1);
+    }
+    let counts = bench.counts();
+    assert_eq!((counts.deliveries, counts.failures, counts.dead_lettered), (3, 0, 1));
+}
+
+#[test]
+fn dead_letters_that_cannot_be_made_do_not_use_up_the_places_of_others() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.group(&[]);
+    bench.append(None, 100).unwrap();
+    bench.subscribe(1, "a", 100);
+    bench.unreadable = true;
+    for (lease, _, _) in bench.delivered() {
+        bench.settle("a", lease, reject());
+    }
+    assert_eq!(bench.counts().held, 100);
 }
 
 #[test]

@@ -203,12 +203,9 @@ impl ShareGroup {
             .map(|(key, offset, _)| (key, offset))
             .collect();
         for (key, offset) in unknown {
-            let released = RecordChange {
-                offset,
-                kind: change::AVAILABLE,
-                cause: Cause::Released as u32,
-                ..Default::default()
-            };
+            let on_exhausted = self.on_exhausted(&key.topic);
+            let Some(partition) = self.partitions.get(&key) else { continue };
+            let released = settle::release(&partition.state, &self.config, on_exhausted, offset);
             self.commit_changes(stage, key, Vec::new(), vec![released]);
         }
         let subscription =
@@ -500,7 +497,7 @@ impl ShareGroup {
             Some(reason) => RecordChange {
                 offset,
                 kind: change::HELD,
-                cause: Cause::Rejected as u32,
+                cause: Cause::Undecodable as u32,
                 class: "undecodable".to_owned(),
                 reason,
                 ..Default::default()
@@ -716,6 +713,7 @@ impl SharePartition {
             change::EXTENDED => self.queue.leased(offset, change.until_ms),
             change::SCHEDULED => self.queue.scheduled(offset, change.until_ms),
             change::EXHAUSTED => self.queue.exhausted(offset),
+            change::HELD => self.queue.held(offset),
             change::AVAILABLE => self.queue.available(&self.state, offset, slot),
             change::DEAD_LETTERED | change::DISCARDED => self.queue.settled(offset, slot, stage.lsn),
             _ => {}
@@ -740,6 +738,7 @@ fn dead_letter_reason(cause: Cause, at_delivery_cap: bool) -> &'static str {
         _ if at_delivery_cap => "max_deliveries",
         Cause::LeaseExpired => "lease_expired",
         Cause::MemberLost => "member_lost",
+        Cause::Undecodable => "undecodable",
         Cause::Nacked | Cause::Released | Cause::None => "max_failures",
     }
 }

@@ -264,6 +264,12 @@ impl Queue {
         self.letters.insert(offset);
     }
 
+    /// The record is kept in place, perhaps because its dead letter could not be made: there is room for another.
+    pub(crate) fn held(&mut self, offset: u64) {
+        self.letters.remove(&offset);
+        self.letters_in_flight.remove(&offset);
+    }
+
     /// The next exhausted record whose dead letter may be made now.
     pub(crate) fn next_letter(&mut self) -> Option<u64> {
         if self.letters_in_flight.len() >= MAX_LETTERS_IN_FLIGHT {

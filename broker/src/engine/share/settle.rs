@@ -40,26 +40,21 @@ pub(crate) fn decide(
         return Decision::Answer(SettleStatus::Fenced);
     }
     let Some(lease) = state.lease(offset) else {
-        return decide_without_lease(state, record, outcome);
+        return decide_without_lease(state, member, record, outcome);
     };
     if lease.id != record.lease {
-        // The record was leased again; only a repetition of the old holder's own outcome could be told apart, and it changes nothing.
-        return Decision::Answer(SettleStatus::Stale);
+        // Leased again.
+        return Decision::Answer(repeated(state, record, outcome).unwrap_or(SettleStatus::Stale));
     }
     if &*lease.member != member {
         return Decision::Answer(SettleStatus::NotOwner);
     }
     match outcome {
         Outcome::Ack => Decision::Ack { late: false },
-        Outcome::Release => Decision::Change(RecordChange {
-            offset,
-            kind: change::AVAILABLE,
-            cause: Cause::Released as u32,
-            ..Default::default()
-        }),
+        Outcome::Release => Decision::Change(release(state, config, on_exhausted, offset)),
         Outcome::Extend { remaining_ms } => {
-            let wanted = now.monotonic_ms + remaining_ms.unwrap_or(config.lease_ms);
-            let latest = lease.granted_ms + config.max_lease_ms;
+            let wanted = now.monotonic_ms.saturating_add(remaining_ms.unwrap_or(config.lease_ms));
+            let latest = lease.granted_ms.saturating_add(config.max_lease_ms);
             let until_ms = wanted.min(latest).max(lease.deadline_ms);
             Decision::Change(RecordChange { offset, kind: change::EXTENDED, until_ms, ..Default::default() })
         }
@@ -82,36 +77,79 @@ pub(crate) fn decide(
     }
 }
 
-fn decide_without_lease(state: &ShareState, record: &LeaseRef, outcome: &Outcome) -> Decision {
-    let extend = matches!(outcome, Outcome::Extend { .. });
-    let asked = match outcome {
+/// The answer to a settlement of the last lease that ended on the record, if that is the one named.
+fn repeated(state: &ShareState, record: &LeaseRef, outcome: &Outcome) -> Option<SettleStatus> {
+    let (lease, settled_as) = state.recent(record.offset)?;
+    let asked = asked(outcome);
+    (lease == record.lease).then_some(match (settled_as, asked) {
+        (SettledAs::Lapsed, _) => SettleStatus::Stale,
+        (_, None) => SettleStatus::Gone,
+        (_, Some(asked)) if asked == settled_as => SettleStatus::Duplicate,
+        (_, Some(_)) => SettleStatus::Conflict,
+    })
+}
+
+/// `None`: an extension, which settles nothing.
+fn asked(outcome: &Outcome) -> Option<SettledAs> {
+    match outcome {
         Outcome::Ack => Some(SettledAs::Ack),
         Outcome::Nack { .. } => Some(SettledAs::Nack),
         Outcome::Reject { .. } => Some(SettledAs::Reject),
         Outcome::Release => Some(SettledAs::Release),
         Outcome::Extend { .. } => None,
-    };
-    if let Some((lease, settled_as)) = state.recent(record.offset) {
-        if lease == record.lease {
-            return Decision::Answer(match asked {
-                None => SettleStatus::Gone,
-                Some(asked) if asked == settled_as => SettleStatus::Duplicate,
-                Some(_) => SettleStatus::Conflict,
-            });
-        }
-        if state.is_settled(record.offset) {
-            return Decision::Answer(SettleStatus::Stale);
-        }
+    }
+}
+
+fn decide_without_lease(
+    state: &ShareState,
+    member: &str,
+    record: &LeaseRef,
+    outcome: &Outcome,
+) -> Decision {
+    let asked = asked(outcome);
+    if let Some(status) = repeated(state, record, outcome) {
+        return Decision::Answer(status);
     }
     let Some(exception) = state.exception(record.offset) else {
-        return Decision::Answer(if extend { SettleStatus::Gone } else { SettleStatus::AlreadySettled });
+        let long_settled = state.is_settled(record.offset) && state.recent(record.offset).is_none();
+        return Decision::Answer(match asked {
+            // Also a lease whose grant was lost with the power: the record will come again.
+            _ if !long_settled => SettleStatus::Stale,
+            None => SettleStatus::Gone,
+            Some(_) => SettleStatus::AlreadySettled,
+        });
     };
+    if exception.last_lease == record.lease && *exception.member != *member {
+        return Decision::Answer(SettleStatus::NotOwner);
+    }
     let waiting = matches!(exception.state, ExceptionState::Available | ExceptionState::Scheduled { .. });
     let expired = matches!(exception.cause, Cause::LeaseExpired | Cause::MemberLost);
     if asked == Some(SettledAs::Ack) && waiting && expired && exception.last_lease == record.lease {
         return Decision::Ack { late: true };
     }
     Decision::Answer(SettleStatus::Stale)
+}
+
+/// Gives a leased record back without a failure. At the cap of deliveries it ends all the same: a member that dies on it
+/// and comes back under its name would otherwise get it again for ever.
+pub(crate) fn release(
+    state: &ShareState,
+    config: &ShareConfig,
+    on_exhausted: OnExhausted,
+    offset: u64,
+) -> RecordChange {
+    let (deliveries, _) = state.attempts(offset);
+    let kind = if deliveries >= config.max_deliveries { ending(on_exhausted) } else { change::AVAILABLE };
+    RecordChange { offset, kind, cause: Cause::Released as u32, ..Default::default() }
+}
+
+/// How a record ends that is not tried again.
+fn ending(on_exhausted: OnExhausted) -> u32 {
+    match on_exhausted {
+        OnExhausted::DeadLetter => change::EXHAUSTED,
+        OnExhausted::Hold => change::HELD,
+        OnExhausted::Discard => change::DISCARDED,
+    }
 }
 
 /// One failed attempt.
@@ -140,15 +178,10 @@ pub(crate) fn failure(
         || failures >= config.max_failures
         || deliveries >= config.max_deliveries;
     let (kind, until_ms) = if ends {
-        let kind = match on_exhausted {
-            OnExhausted::DeadLetter => change::EXHAUSTED,
-            OnExhausted::Hold => change::HELD,
-            OnExhausted::Discard => change::DISCARDED,
-        };
-        (kind, 0)
+        (ending(on_exhausted), 0)
     } else {
         let delay = failure.delay_ms.unwrap_or_else(|| config.backoff_ms(failures, now.entropy ^ offset));
-        (change::SCHEDULED, now.monotonic_ms + delay)
+        (change::SCHEDULED, now.monotonic_ms.saturating_add(delay))
     };
     let cut = |text: &str, limit: usize| text[..text.floor_char_boundary(limit)].to_owned();
     let mut change = RecordChange {

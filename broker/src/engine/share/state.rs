@@ -32,6 +32,8 @@ pub(crate) enum Cause {
     LeaseExpired = 3,
     MemberLost = 4,
     Released = 5,
+    /// Its dead letter could not be made.
+    Undecodable = 6,
 }
 
 impl Cause {
@@ -42,6 +44,7 @@ impl Cause {
             3 => Self::LeaseExpired,
             4 => Self::MemberLost,
             5 => Self::Released,
+            6 => Self::Undecodable,
             _ => Self::None,
         }
     }
@@ -101,37 +104,48 @@ pub(crate) struct Lease {
     pub(crate) size: u32,
 }
 
-/// How a lease was settled by its holder, remembered to answer repetitions.
+/// How a lease ended, remembered to answer repetitions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SettledAs {
     Ack,
     Nack,
     Reject,
     Release,
+    /// It was not settled by its holder, and the record is not tried again.
+    Lapsed,
 }
 
 /// The last settlements, bounded in number and age. Not checkpointed: after a restart what replay has not seen again counts
 /// as long settled.
 #[derive(Debug, Default)]
 struct Recent {
-    by_offset: HashMap<u64, (LeaseId, SettledAs)>,
+    by_offset: HashMap<u64, Ended>,
+    /// (offset, time) of every end; one that was followed by another of the same offset removes nothing.
     order: VecDeque<(u64, u64)>,
+}
+
+#[derive(Debug)]
+struct Ended {
+    lease: LeaseId,
+    settled_as: SettledAs,
+    at_ms: u64,
 }
 
 const RECENT_AGE_MS: u64 = 10 * 60 * 1000;
 const RECENT_COUNT: usize = 65_536;
 
 impl Recent {
-    fn insert(&mut self, offset: u64, lease: LeaseId, outcome: SettledAs, now_ms: u64) {
-        if self.by_offset.insert(offset, (lease, outcome)).is_none() {
-            self.order.push_back((offset, now_ms));
-        }
+    fn insert(&mut self, offset: u64, lease: LeaseId, settled_as: SettledAs, now_ms: u64) {
+        self.by_offset.insert(offset, Ended { lease, settled_as, at_ms: now_ms });
+        self.order.push_back((offset, now_ms));
         while let Some(&(oldest, at)) = self.order.front() {
             if self.order.len() <= RECENT_COUNT && at + RECENT_AGE_MS > now_ms {
                 break;
             }
             self.order.pop_front();
-            self.by_offset.remove(&oldest);
+            if self.by_offset.get(&oldest).is_some_and(|ended| ended.at_ms == at) {
+                self.by_offset.remove(&oldest);
+            }
         }
     }
 }
@@ -203,7 +217,7 @@ impl ShareState {
     }
 
     pub(crate) fn recent(&self, offset: u64) -> Option<(LeaseId, SettledAs)> {
-        self.recent.by_offset.get(&offset).copied()
+        self.recent.by_offset.get(&offset).map(|ended| (ended.lease, ended.settled_as))
     }
 
     pub(crate) fn is_settled(&self, offset: u64) -> bool {
@@ -212,11 +226,7 @@ impl ShareState {
 
     /// First offset at or after `from` (and `low`) that is not settled.
     pub(crate) fn next_unsettled(&self, from: u64) -> u64 {
-        let mut offset = from.max(self.low);
-        while self.settled.contains(offset) {
-            offset += 1;
-        }
-        offset
+        first_absent(&self.settled, from.max(self.low))
     }
 
     /// Records in `low..end` that are not settled, and the exceptions below `low`.
@@ -341,11 +351,15 @@ impl ShareState {
                 Cause::Nacked => Some(SettledAs::Nack),
                 Cause::Rejected => Some(SettledAs::Reject),
                 Cause::Released => Some(SettledAs::Release),
-                Cause::None | Cause::LeaseExpired | Cause::MemberLost => None,
+                Cause::None | Cause::LeaseExpired | Cause::MemberLost | Cause::Undecodable => None,
             };
             if let Some(outcome) = settled_as {
                 self.recent.insert(offset, exception.last_lease, outcome, now_ms);
             }
+        }
+        let lapsed = matches!(exception.cause, Cause::LeaseExpired | Cause::MemberLost);
+        if lapsed && matches!(change.kind, change::DEAD_LETTERED | change::DISCARDED) {
+            self.recent.insert(offset, exception.last_lease, SettledAs::Lapsed, now_ms);
         }
         match change.kind {
             change::DEAD_LETTERED => {
@@ -415,9 +429,15 @@ impl ShareState {
     }
 
     fn advance_low(&mut self) {
-        while (!self.settled.is_empty() && self.settled.remove(self.low))
-            || self.exceptions.contains_key(&self.low)
-        {
+        loop {
+            if !self.settled.is_empty() {
+                let free = first_absent(&self.settled, self.low);
+                self.settled.remove_range(self.low..free);
+                self.low = free;
+            }
+            if !self.exceptions.contains_key(&self.low) {
+                break;
+            }
             self.low += 1;
         }
     }
@@ -463,6 +483,26 @@ impl ShareState {
         }
         Ok(state)
     }
+}
+
+/// The first offset at or after `from` that is not in the set. Gaps in the log make runs of millions, so the steps double.
+fn first_absent(set: &RoaringTreemap, from: u64) -> u64 {
+    if !set.contains(from) {
+        return from;
+    }
+    // Everything in `from..=inside` is in the set, something in `inside..=inside + step` is not once the first loop ends.
+    let (mut inside, mut step) = (from, 1_u64);
+    while set.contains_range(inside..=inside + step) {
+        inside += step;
+        step *= 2;
+    }
+    while step > 1 {
+        step /= 2;
+        if set.contains_range(inside..=inside + step) {
+            inside += step;
+        }
+    }
+    inside + 1
 }
 
 /// A slot as it is stored: plus one, 0 = no key.
@@ -552,6 +592,21 @@ impl Lease {
             wall_ms: row.wall_ms,
             slot: slot_from_stored(row.slot),
             size: row.size,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_run_is_found_wherever_it_is() {
+        for length in (0..70).chain([65_535, 65_536, 65_537, 1 << 24]) {
+            let mut set = RoaringTreemap::new();
+            set.insert_range(1_000..1_000 + length);
+            set.insert_range(1_001 + length..1_100 + length);
+            assert_eq!(first_absent(&set, 1_000), 1_000 + length);
         }
     }
 }
