@@ -144,6 +144,8 @@ impl ConsumerGroup {
 
     pub(crate) fn apply_members(&mut self, generation: u64, rows: &[MemberRow]) {
         self.generation = generation;
+        // Sessions go on: they are not part of the event.
+        let before = std::mem::take(&mut self.members);
         self.members = rows
             .iter()
             .map(|row| {
@@ -153,8 +155,13 @@ impl ConsumerGroup {
                         partition: key.partition,
                     })
                 });
-                let member =
-                    Member { topics: row.topics.clone(), holding: holding.collect(), ..Member::default() };
+                let known = before.get(row.member.as_str());
+                let member = Member {
+                    topics: row.topics.clone(),
+                    holding: holding.collect(),
+                    last_seen_ms: known.map_or(0, |known| known.last_seen_ms),
+                    watched: known.is_some_and(|known| known.watched),
+                };
                 (Arc::from(row.member.as_str()), member)
             })
             .collect();

@@ -30,9 +30,6 @@ impl Engine {
         if self.groups.contains_key(name) || self.consumers.contains_key(name) {
             return Err(EngineError::GroupExists(name.to_owned()));
         }
-        if (self.groups.len() + self.consumers.len()) as u64 >= self.settings.max_groups {
-            return Err(EngineError::LimitReached { what: "groups", limit: self.settings.max_groups });
-        }
         let config = ShareConfig::default().with(config)?;
         if topics.is_empty() {
             return Err(EngineError::InvalidRequest("a share group needs at least one topic".to_owned()));
@@ -52,6 +49,7 @@ impl Engine {
             self.check_companion(&catalog::dead_letter_name(name, &source.name), name, source)?;
             self.check_companion(&catalog::redrive_name(name, &source.name), name, source)?;
         }
+        self.room_for_companions(name, &sources)?;
         let mut ids: Vec<TopicId> = sources.iter().map(|source| source.id).collect();
         let mut entropy = now.entropy;
         for source in sources.iter().filter(|source| source.kind == TopicKind::Standard) {
@@ -72,6 +70,30 @@ impl Engine {
             TopicKind::Standard => false,
         };
         if own { Ok(()) } else { Err(EngineError::TopicExists(companion.to_owned())) }
+    }
+
+    /// Whether the topics and groups that come with a share group stay within the limits, so that all are made or none.
+    fn room_for_companions(&self, group: &str, sources: &[Topic]) -> Result<(), EngineError> {
+        let mut more = Room { topics: 0, partitions: 0, groups: 1 };
+        for source in sources.iter().filter(|source| source.kind == TopicKind::Standard) {
+            let letters = self.catalog.by_name(&catalog::dead_letter_name(group, &source.name)).is_none();
+            let redrive = self.catalog.by_name(&catalog::redrive_name(group, &source.name)).is_none();
+            more.topics += u64::from(letters) + u64::from(redrive);
+            more.partitions += (u64::from(letters) + u64::from(redrive)) * u64::from(source.partitions);
+            more.groups += u64::from(letters);
+        }
+        let settings = &self.settings;
+        let groups = (self.groups.len() + self.consumers.len()) as u64;
+        for (what, needed, limit) in [
+            ("topics", self.catalog.len() + more.topics, settings.max_topics),
+            ("partitions", self.catalog.partitions + more.partitions, settings.max_partitions),
+            ("groups", groups + more.groups, settings.max_groups),
+        ] {
+            if needed > limit {
+                return Err(EngineError::LimitReached { what, limit });
+            }
+        }
+        Ok(())
     }
 
     /// Creates the dead-letter topic with the hidden group that redrives it, and the redrive topic; answers the latter's id.
@@ -181,6 +203,8 @@ impl Engine {
         if reordered && let Some(group) = self.groups.get_mut(name) {
             group.rebuild();
             group.settle_in(&mut self.desk.stage(now, lsn, out));
+            // Everything is to be scanned again.
+            self.desk.pump.insert(name.into());
         }
         Ok(Reply::Done)
     }
@@ -576,6 +600,14 @@ impl Engine {
         }
         self.watch_commits(&name);
     }
+}
+
+/// What a share group needs of what is limited.
+#[derive(Debug)]
+struct Room {
+    topics: u64,
+    partitions: u64,
+    groups: u64,
 }
 
 /// A topic id (UUID version 4) from entropy, which is advanced.

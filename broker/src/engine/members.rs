@@ -37,22 +37,20 @@ impl Engine {
         let name: Arc<str> = name.into();
         let session_ms = self.desk.session_timeout_ms;
         let interval_ms = u32::try_from((session_ms / 10).clamp(50, 3_000)).unwrap_or(1_000);
-        if !self.consumers.contains_key(&name)
-            && (self.groups.len() + self.consumers.len()) as u64 >= self.settings.max_groups
-        {
-            return Err(EngineError::LimitReached { what: "groups", limit: self.settings.max_groups });
-        }
-        let max_members = self.settings.max_members_per_group;
-        let group = self.consumers.entry(name.clone()).or_default();
-        let before = group.members.get(member).cloned();
         if leave {
-            if group.members.remove(member).is_some() {
+            if let Some(group) = self.consumers.get_mut(&name)
+                && group.members.remove(member).is_some()
+            {
                 group.generation += 1;
                 let event = group.members_event(&name);
                 self.stage_event(Kind::MembersChanged(event), out);
             }
             return Ok(Reply::Heartbeat { generation, assigned: Vec::new(), interval_ms });
         }
+        self.room_for_consumer_group(&name)?;
+        let max_members = self.settings.max_members_per_group;
+        let group = self.consumers.entry(name.clone()).or_default();
+        let before = group.members.get(member).cloned();
         if before.is_none() && group.members.len() as u64 >= max_members {
             return Err(EngineError::LimitReached { what: "members of the group", limit: max_members });
         }
@@ -96,6 +94,14 @@ impl Engine {
             super::catalog::check_name("group", name)?;
         }
         Ok(())
+    }
+
+    fn room_for_consumer_group(&self, name: &str) -> Result<(), EngineError> {
+        let limit = self.settings.max_groups;
+        if self.consumers.contains_key(name) || ((self.groups.len() + self.consumers.len()) as u64) < limit {
+            return Ok(());
+        }
+        Err(EngineError::LimitReached { what: "groups", limit })
     }
 
     fn watch_consumer(&mut self, name: &Arc<str>, member: &str) {
@@ -156,6 +162,7 @@ impl Engine {
         out: &mut Effects,
     ) -> Result<Reply, EngineError> {
         self.consumer_group_allowed(name)?;
+        self.room_for_consumer_group(name)?;
         let name: Arc<str> = name.into();
         let empty = ConsumerGroup::default();
         let group = self.consumers.get(&name).unwrap_or(&empty);

@@ -36,8 +36,12 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
+        Self::with(EngineSettings::default())
+    }
+
+    fn with(settings: EngineSettings) -> Self {
         let mut bench = Self {
-            engine: Engine::new(EngineSettings::default()),
+            engine: Engine::new(settings),
             now: Now { monotonic_ms: 1_000, wall_ms: 1_700_000_000_000, entropy: 7 },
             lsn: 1,
             frames: Vec::new(),
@@ -738,4 +742,65 @@ fn a_commit_beyond_the_end_is_refused() {
     bench.reopen();
     let reply = bench.ask(Command::FetchOffsets { group: "readers".to_owned(), partitions: Vec::new() });
     assert_eq!(reply, Reply::Offsets(vec![commit(5)]));
+}
+
+#[test]
+fn a_member_that_leaves_does_not_end_the_sessions_of_the_others() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    let heartbeat = |bench: &mut Bench, member: &str, leave| {
+        bench.ask(Command::GroupHeartbeat {
+            group: "readers".to_owned(),
+            member: member.to_owned(),
+            topics: vec!["orders".to_owned()],
+            owned: Vec::new(),
+            generation: 0,
+            leave,
+        });
+    };
+    heartbeat(&mut bench, "a", false);
+    heartbeat(&mut bench, "b", false);
+    bench.advance(9_000);
+    heartbeat(&mut bench, "a", false);
+    heartbeat(&mut bench, "b", true);
+    bench.advance(1_500);
+    let Reply::Group(readers) = bench.ask(Command::DescribeGroup { group: "readers".to_owned() }) else {
+        panic!()
+    };
+    assert_eq!(readers.members.len(), 1);
+    heartbeat(&mut bench, "a", true);
+    bench.ask(Command::DeleteGroup { group: "readers".to_owned() });
+    heartbeat(&mut bench, "c", true);
+    assert_eq!(bench.ask(Command::ListGroups), Reply::Groups(Vec::new()), "who leaves no group makes none");
+}
+
+#[test]
+fn a_share_group_that_finds_no_room_for_its_topics_is_refused_as_a_whole() {
+    let settings = EngineSettings { max_topics: 4, ..EngineSettings::default() };
+    let mut bench = Bench::with(settings);
+    bench.topic(&[]);
+    let (id, name) = (TopicId([2; 16]), "returns".to_owned());
+    bench.ask(Command::CreateTopic { id, name, partitions: 1, config: Vec::new() });
+    let create = Command::CreateShareGroup {
+        group: "pay".to_owned(),
+        topics: vec!["orders".to_owned(), "returns".to_owned()],
+        config: Vec::new(),
+        from_end: false,
+    };
+    let frames = bench.frames.len();
+    let reply = bench.ask(create);
+    assert!(matches!(reply, Reply::Error(EngineError::LimitReached { what: "topics", .. })), "{reply:?}");
+    assert_eq!(bench.frames.len(), frames);
+}
+
+#[test]
+fn a_group_whose_order_changes_goes_on_by_itself() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.group(&[("ordering", "key")]);
+    bench.append(Some(b"k"), 2).unwrap();
+    bench.subscribe(1, "a", 10);
+    assert_eq!(bench.offsets(), [0]);
+    bench.ask(Command::AlterShareGroup { group: "pay".to_owned(), config: pairs(&[("ordering", "none")]) });
+    assert_eq!(bench.offsets(), [1]);
 }
