@@ -202,9 +202,11 @@ impl Engine {
         self.stage_event(Kind::GroupAltered(event), out);
         if reordered && let Some(group) = self.groups.get_mut(name) {
             group.rebuild();
+            group.wait_for(lsn, |_| true);
             group.settle_in(&mut self.desk.stage(now, lsn, out));
             // Everything is to be scanned again.
             self.desk.pump.insert(name.into());
+            self.watch_commits(&name.into());
         }
         Ok(Reply::Done)
     }
@@ -246,6 +248,7 @@ impl Engine {
 
     pub(super) fn seek_group(
         &mut self,
+        lsn: Lsn,
         name: &str,
         topic: &str,
         positions: &[(u32, SeekTo)],
@@ -290,9 +293,13 @@ impl Engine {
                 "group {name:?} does not consume topic {topic:?}"
             )));
         }
-        for (key, offset) in resolved {
-            self.start_share(name, key, offset, out);
+        for (key, offset) in &resolved {
+            self.start_share(name, *key, *offset, out);
         }
+        if let Some(group) = self.groups.get_mut(name) {
+            group.wait_for(lsn, |key| resolved.iter().any(|(moved, _)| moved == key));
+        }
+        self.watch_commits(&name.into());
         self.desk.pump.insert(name.into());
         Ok(Reply::Done)
     }

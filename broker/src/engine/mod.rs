@@ -248,7 +248,6 @@ impl Engine {
         command: Command,
         out: &mut Effects,
     ) {
-        self.meta.monotonic_ms = now.monotonic_ms;
         let (reply, level) = self.dispatch(now, lsn, command, out);
         if let Some(request) = request {
             out.replies.push(PendingReply { request, level, reply });
@@ -286,7 +285,7 @@ impl Engine {
             Command::DeleteGroup { group } => self.delete_group(&group, out),
             Command::PauseGroup { group, paused } => self.pause_group(&group, paused, out),
             Command::SeekGroup { group, topic, positions } => {
-                self.seek_group(&group, &topic, &positions, out)
+                self.seek_group(lsn, &group, &topic, &positions, out)
             }
             Command::ListGroups => Ok(self.list_groups()),
             Command::DescribeGroup { group } => self.describe_group(&group),
@@ -400,6 +399,8 @@ impl Engine {
 
     /// Ends a turn: hands out to share members what became ready during it.
     pub fn finish(&mut self, now: Now, lsn: Lsn, out: &mut Effects) {
+        // A checkpoint must know the time of the last frame that it stands for, also of one without commands.
+        self.meta.monotonic_ms = now.monotonic_ms;
         while let Some(name) = self.desk.pump.pop_first() {
             if let Some(group) = self.groups.get_mut(&name) {
                 group.pump(&mut self.desk.stage(now, lsn, out));

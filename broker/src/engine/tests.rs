@@ -138,7 +138,8 @@ impl Bench {
         }
         if !self.hold_letters {
             for read in out.dead_letter_reads {
-                let letter = if self.unreadable { Err("damaged".to_owned()) } else { Ok(staged(Some(b"k"), 1)) };
+                let letter =
+                    if self.unreadable { Err("damaged".to_owned()) } else { Ok(staged(Some(b"k"), 1)) };
                 let (group, partition, offset) = (read.group, read.partition, read.offset);
                 let built = Command::DeadLetterBuilt { group, partition, offset, letter };
                 self.engine.step(self.now, self.lsn, None, built, &mut follow_up);
@@ -803,4 +804,40 @@ fn a_group_whose_order_changes_goes_on_by_itself() {
     assert_eq!(bench.offsets(), [0]);
     bench.ask(Command::AlterShareGroup { group: "pay".to_owned(), config: pairs(&[("ordering", "none")]) });
     assert_eq!(bench.offsets(), [1]);
+}
+
+#[test]
+fn a_key_waits_for_the_sync_of_a_move_and_of_a_change_of_order() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.group(&[]);
+    bench.append(Some(b"k"), 5).unwrap();
+    bench.subscribe(1, "a", 1);
+    let first = bench.take_one();
+    bench.hold_sync = true;
+    bench.settle("a", first, Outcome::Ack);
+    bench.ask(Command::AlterShareGroup { group: "pay".to_owned(), config: pairs(&[("ordering", "key")]) });
+    bench.tell(Command::ShareCredit { subscription: SubscriptionId(1), records: 10, bytes: 0 });
+    assert!(bench.offsets().is_empty());
+    bench.hold_sync = false;
+    bench.advance(1);
+    assert_eq!(bench.offsets(), [1]);
+    bench.hold_sync = true;
+    let positions = vec![(0, SeekTo::Offset(3))];
+    bench.ask(Command::SeekGroup { group: "pay".to_owned(), topic: "orders".to_owned(), positions });
+    assert!(bench.offsets().is_empty());
+    bench.hold_sync = false;
+    bench.advance(1);
+    assert_eq!(bench.offsets(), [3]);
+}
+
+#[test]
+fn the_clock_does_not_fall_when_it_goes_on_from_a_checkpoint() {
+    let (mut bench, _) = leased(&[("lease", "1s")]);
+    bench.advance(1_000);
+    let mut restored = Engine::new(EngineSettings::default());
+    for (key, value) in bench.engine.take_dirty_rows() {
+        restored.restore_row(&key, &value.unwrap()).unwrap();
+    }
+    assert_eq!(restored.monotonic_ms(), bench.now.monotonic_ms);
 }

@@ -147,6 +147,14 @@ impl ShareGroup {
         }
     }
 
+    /// The group was moved on a partition, or its order changed, in the frame `lsn`.
+    pub(crate) fn wait_for(&mut self, lsn: Lsn, which: impl Fn(&PartitionKey) -> bool) {
+        for (key, partition) in self.partitions.iter_mut().filter(|(key, _)| which(key)) {
+            partition.queue.wait_for(lsn);
+            self.ready.remove(key);
+        }
+    }
+
     /// Sets the timers and asks for the dead letters of every partition, after a rebuild.
     pub(crate) fn settle_in(&mut self, stage: &mut Stage<'_>) {
         let keys: Vec<PartitionKey> = self.partitions.keys().copied().collect();

@@ -43,6 +43,8 @@ pub(crate) struct Queue {
     chained: usize,
     blocked: BTreeMap<u16, Lsn>,
     freed: VecDeque<(Lsn, u16)>,
+    /// The group was moved or its order changed in this frame: nothing is handed out before it has reached the commit level.
+    barrier: Option<Lsn>,
     /// (time, offset): lease deadlines and due times; an entry that no longer holds is passed over.
     timers: BTreeSet<(u64, u64)>,
     letters: BTreeSet<u64>,
@@ -76,7 +78,13 @@ impl Queue {
     }
 
     pub(crate) fn has_ready(&self) -> bool {
-        !self.new.is_empty() || !self.returned.is_empty()
+        self.barrier.is_none() && (!self.new.is_empty() || !self.returned.is_empty())
+    }
+
+    /// Hands out nothing before the frame `lsn` has reached the commit level. In key-ordered mode only: elsewhere no record
+    /// depends on another.
+    pub(crate) fn wait_for(&mut self, lsn: Lsn) {
+        self.barrier = self.ordered.then_some(lsn);
     }
 
     pub(crate) fn ready_len(&self) -> usize {
@@ -286,6 +294,7 @@ impl Queue {
 
     /// The settlements of frames up to `committed` have reached the group's commit level: their keys are free.
     pub(crate) fn committed(&mut self, state: &ShareState, committed: Lsn) {
+        self.barrier = self.barrier.filter(|lsn| *lsn > committed);
         while let Some(&(lsn, slot)) = self.freed.front() {
             if lsn > committed {
                 break;
@@ -303,7 +312,7 @@ impl Queue {
     }
 
     pub(crate) fn waits_for_commit(&self) -> bool {
-        !self.freed.is_empty()
+        !self.freed.is_empty() || self.barrier.is_some()
     }
 
     /// Takes the offsets whose time has come; the caller looks at what they are now.

@@ -100,12 +100,7 @@ fn asked(outcome: &Outcome) -> Option<SettledAs> {
     }
 }
 
-fn decide_without_lease(
-    state: &ShareState,
-    member: &str,
-    record: &LeaseRef,
-    outcome: &Outcome,
-) -> Decision {
+fn decide_without_lease(state: &ShareState, member: &str, record: &LeaseRef, outcome: &Outcome) -> Decision {
     let asked = asked(outcome);
     if let Some(status) = repeated(state, record, outcome) {
         return Decision::Answer(status);
