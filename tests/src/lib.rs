@@ -1,5 +1,6 @@
 //! What the whole-system tests share.
 
+pub mod engine_model;
 pub mod process;
 
 /// Compiles the example in README.md.

@@ -1,0 +1,215 @@
+//! Holding the engine against the model: what it says of itself, and that it leaves nothing undone.
+
+use std::collections::BTreeSet;
+
+use felucca_broker::engine::command::Command;
+use felucca_broker::engine::effect::{
+    DeadLetterRead, GroupDescription, GroupKind, GroupPartitionInfo, Reply,
+};
+use felucca_broker::engine::types::Level;
+
+use super::model::share::{Cause, Part, State};
+use super::promises::Fact;
+use super::world::{Fate, World};
+
+impl World {
+    /// An exhausted record's dead letter is asked for: once at a time, with the right counts and reason.
+    pub(crate) fn check_letter_read(&mut self, read: &DeadLetterRead) {
+        let key = read.partition;
+        let group = &self.model.shares[&read.group];
+        let record = &group.parts[&key].records[&read.offset];
+        self.trace.note(|| format!("    dead letter wanted: {} {key} {}", read.group, read.offset));
+        assert_eq!(record.state, State::Exhausted, "{read:?}");
+        let asked = self.live.letters.insert((read.group.clone(), key, read.offset));
+        assert!(asked || self.live.letters_may_repeat, "asked for twice: {read:?}");
+        let context = &read.context;
+        assert_eq!(
+            (context.topic, context.partition, context.offset),
+            (key.topic, key.partition, read.offset)
+        );
+        assert_eq!((context.deliveries, context.failures), (record.deliveries, record.failures), "{read:?}");
+        assert_eq!(context.consumer, *record.member, "{read:?}");
+        let at_cap = record.deliveries >= group.config.max_deliveries;
+        let right: &[&str] = match record.cause.expect("an exhausted record failed") {
+            Cause::Rejected => &["rejected"],
+            _ if at_cap => &["max_deliveries"],
+            Cause::Nacked | Cause::Released => &["max_failures"],
+            Cause::Lapsed => &["lease_expired", "member_lost"],
+        };
+        assert!(right.contains(&context.reason), "{} is none of {right:?}", context.reason);
+    }
+
+    /// What was told before a crash must hold after it.
+    pub(crate) fn check_fact(&self, fact: &Fact) {
+        match fact {
+            Fact::Stored { key, base, identities } => {
+                let Some(log) = self.model.logs.get(key) else { return };
+                for (offset, identity) in (*base..).zip(identities) {
+                    let found = log.entries.get(&offset).map(|entry| entry.identity);
+                    assert_eq!(found, Some(*identity), "acknowledged record {offset} of {key}");
+                }
+            }
+            Fact::Done { group, key, instance, offset } => {
+                let part = self.model.shares.get(group).and_then(|share| share.parts.get(key));
+                let Some(part) = part.filter(|part| part.instance == *instance) else { return };
+                assert!(!part.is_unsettled(*offset), "confirmed ack of {offset} of {key} in {group}");
+            }
+        }
+    }
+
+    /// Runs turns until nothing is left to do at this time, then checks that nothing was left undone.
+    pub(crate) fn settle_down(&mut self) {
+        if self.live.scans_paused_until > self.now.monotonic_ms {
+            self.advance(self.live.scans_paused_until - self.now.monotonic_ms);
+        }
+        for round in 0.. {
+            assert!(round < 5_000, "does not come to rest");
+            self.begin_turn();
+            self.tick();
+            self.answer_scans(100);
+            self.answer_letters(100);
+            self.end_turn(Fate::Released);
+            let behind = self.synced < self.written();
+            self.sync(self.written());
+            if !self.was_busy && !behind && self.scans.is_empty() && self.letters.is_empty() {
+                break;
+            }
+        }
+        self.check_nothing_undone();
+        self.check_timers();
+        self.compare_groups();
+    }
+
+    /// Every record that may be handed out was handed out, as long as there is somebody to take it.
+    fn check_nothing_undone(&self) {
+        for (group, share) in &self.model.shares {
+            let taker = self.live.subscriptions.values().any(|sub| sub.group == *group && sub.has_credit());
+            for (key, part) in &share.parts {
+                let leases = part.records.values().filter(|r| r.lease_deadline().is_some()).count() as u64;
+                let returned = part.records.values().filter(|r| r.returned && !r.is_settled()).count() as u64;
+                let room = leases < self.settings.max_leases;
+                let room_for_new = returned < self.settings.max_exceptions;
+                let log = &self.model.logs[key];
+                for offset in part.unsettled(log, self.live.must_show(key)) {
+                    let state = part.records.get(&offset).map(|record| record.state);
+                    assert_ne!(
+                        state,
+                        Some(State::Exhausted),
+                        "{group} {key} {offset} waits for its dead letter"
+                    );
+                    let due = match state {
+                        None => room_for_new,
+                        Some(State::Waiting { by_ms, .. }) => by_ms <= self.now.monotonic_ms,
+                        Some(_) => false,
+                    };
+                    let free = !share.config.ordered || part.predecessor(log, offset).is_none();
+                    assert!(
+                        !(taker && room && !share.paused && due && free),
+                        "{group} {key} offset {offset} ({state:?}) is not handed out"
+                    );
+                }
+            }
+        }
+    }
+
+    /// The engine's next timer is no later than the first thing that must happen.
+    fn check_timers(&self) {
+        let deadline = self.engine.next_deadline();
+        let mut first = self.live.next_session_end(self.session_ms);
+        for group in self.model.shares.keys() {
+            let leases = self.model.leases(group).into_iter().map(|(_, _, _, deadline)| deadline);
+            first = first.into_iter().chain(leases).min();
+        }
+        let waiting = self.model.shares.values().flat_map(|share| share.parts.values());
+        for record in waiting.flat_map(|part| part.records.values()) {
+            if let State::Waiting { from_ms, by_ms } = record.state
+                && from_ms > self.now.monotonic_ms
+            {
+                first = first.into_iter().chain([by_ms]).min();
+            }
+        }
+        let late = first.is_some_and(|first| deadline.is_none_or(|deadline| deadline > first));
+        assert!(!late, "the next timer is at {deadline:?}, something is due at {first:?}");
+    }
+
+    /// What the engine says of every group is what the model has.
+    pub(crate) fn compare_groups(&mut self) {
+        self.begin_turn();
+        let shares: Vec<String> = self.model.shares.keys().cloned().collect();
+        for group in shares {
+            let description = self.describe(&group);
+            self.compare_share(&description);
+        }
+        let consumers: Vec<String> = self.model.consumers.keys().cloned().collect();
+        for group in consumers {
+            let description = self.describe(&group);
+            let consumer = &self.model.consumers[&group];
+            assert_eq!(description.kind, GroupKind::Consumer);
+            let members = description.members.iter();
+            let found: Vec<(&str, BTreeSet<_>)> =
+                members.map(|info| (info.member.as_str(), info.assigned.iter().copied().collect())).collect();
+            let right = consumer.members.iter().map(|(name, member)| (name.as_str(), member.holding.clone()));
+            assert_eq!(found, right.collect::<Vec<_>>(), "members of {group}");
+            let command = Command::FetchOffsets { group: group.clone(), partitions: Vec::new() };
+            let Reply::Offsets(offsets) = self.ask(command, Level::Synced) else { panic!("offsets") };
+            let found =
+                offsets.into_iter().map(|commit| (commit.partition, (commit.offset, commit.metadata)));
+            let right = self.model.consumers[&group].offsets.clone().into_iter();
+            assert!(found.eq(right), "committed offsets of {group}");
+        }
+        self.end_turn(Fate::Released);
+    }
+
+    fn describe(&mut self, group: &str) -> GroupDescription {
+        match self.ask(Command::DescribeGroup { group: group.to_owned() }, Level::Synced) {
+            Reply::Group(description) => description,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn compare_share(&self, description: &GroupDescription) {
+        let group = &description.group;
+        let share = &self.model.shares[group];
+        assert_eq!((description.kind, description.paused), (GroupKind::Share, share.paused));
+        let members: Vec<&str> = description.members.iter().map(|info| info.member.as_str()).collect();
+        assert_eq!(members, self.live.group_members(group), "members of {group}");
+        for info in &description.members {
+            let leased = self.model.leases(group).iter().filter(|(_, _, m, _)| **m == *info.member).count();
+            assert_eq!(info.leased, leased as u64, "leases of {}", info.member);
+        }
+        assert_eq!(description.partitions.len(), share.parts.len(), "partitions of {group}");
+        for info in &description.partitions {
+            let key = info.partition.expect("a partition has a name");
+            self.compare_part(group, &share.parts[&key], info);
+        }
+    }
+
+    fn compare_part(&self, group: &str, part: &Part, info: &GroupPartitionInfo) {
+        let key = info.partition.expect("a partition has a name");
+        let log = &self.model.logs[&key];
+        let count = |which: &dyn Fn(&State) -> bool| {
+            part.records.values().filter(|record| which(&record.state)).count() as u64
+        };
+        let now = self.now.monotonic_ms;
+        let leased = count(&|state| matches!(state, State::Leased { .. }));
+        let held = count(&|state| matches!(state, State::Held));
+        let least = count(&|state| matches!(state, State::Waiting { from_ms, .. } if *from_ms > now));
+        let most = count(&|state| matches!(state, State::Waiting { .. }));
+        let counts = &part.counts;
+        assert_eq!(
+            (info.leased, info.held, info.acked, info.dead_lettered, info.discarded),
+            (leased, held, counts.acked, counts.dead_lettered, counts.discarded),
+            "leased, held, acked, dead-lettered, discarded of {group} {key}"
+        );
+        assert_eq!((info.deliveries, info.failures), (counts.deliveries, counts.failures), "{group} {key}");
+        assert!((least..=most).contains(&info.scheduled), "{group} {key}: {info:?}, {least} to {most}");
+        let end = info.high_watermark;
+        assert!(end >= self.live.must_show(&key) && end <= self.live.may_show(&key), "{info:?}");
+        let has_gap = log.entries.len() as u64 != log.end;
+        if !has_gap {
+            let unsettled: Vec<u64> = part.unsettled(log, end).collect();
+            assert_eq!(info.lag, unsettled.len() as u64, "lag of {group} {key}");
+            assert_eq!(info.oldest_unsettled, unsettled.first().copied(), "{group} {key}");
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! The beginning and the end of a run: something to work on, and members that work it off.
+
+use std::collections::BTreeSet;
+
+use felucca_broker::engine::command::{Command, Outcome, Settlement};
+use felucca_broker::engine::types::Level;
+
+use super::model::share::State;
+use super::world::{Fate, World};
+
+impl World {
+    /// A topic and a share group, so that runs get to the point.
+    pub(crate) fn set_up(&mut self) {
+        self.begin_turn();
+        self.create_topic();
+        self.init_producer();
+        self.produce();
+        self.create_share_group();
+        self.subscribe();
+        self.end_turn(Fate::Released);
+    }
+
+    /// Time goes by: mostly little, sometimes to the next thing that is due, seldom much.
+    pub(crate) fn pass_time(&mut self) {
+        let ms = match self.rng.below(100) {
+            0..40 => 0,
+            40..70 => self.rng.below(50),
+            70..90 => {
+                let next = self.engine.next_deadline().unwrap_or(0);
+                next.saturating_sub(self.now.monotonic_ms).min(20_000)
+            }
+            90..98 => self.rng.below(3_000),
+            98 => self.rng.below(20_000),
+            _ => self.rng.below(900_000),
+        };
+        if ms > 0 {
+            self.advance(ms);
+        }
+    }
+
+    /// The device catches up, wholly or in part.
+    pub(crate) fn sync_some(&mut self) {
+        let written = self.written();
+        let lsn = if self.rng.chance(70) { written } else { self.rng.between(self.synced, written) };
+        self.sync(lsn);
+    }
+
+    /// Members that do as they should work off everything, within a bounded time.
+    pub(crate) fn drain(&mut self) {
+        self.unreadable = 0;
+        self.settle_down();
+        self.begin_turn();
+        let groups: Vec<String> = self.model.shares.keys().cloned().collect();
+        for group in &groups {
+            self.pause(group, false);
+            self.subscribe_as(group, "zoe", 1_000_000, 1 << 30, true);
+        }
+        self.end_turn(Fate::Released);
+        for round in 0.. {
+            self.settle_down();
+            let left = self.work_left();
+            if left.is_empty() {
+                break;
+            }
+            assert!(round < 2_000, "members do not get through: {left:?}");
+            self.begin_turn();
+            self.work();
+            self.end_turn(Fate::Released);
+            let next = self.engine.next_deadline().unwrap_or(0);
+            let wait = next.saturating_sub(self.now.monotonic_ms);
+            if self.held.is_empty() && wait > 0 {
+                self.advance(wait.min(1_000));
+            }
+            self.begin_turn();
+            self.tell(Command::MembersSeen {
+                members: groups.iter().map(|group| (group.clone(), "zoe".to_owned())).collect(),
+            });
+            for group in &groups {
+                self.live.members.insert((group.clone(), "zoe".to_owned()), self.now.monotonic_ms);
+            }
+            self.end_turn(Fate::Released);
+        }
+    }
+
+    fn work(&mut self) {
+        let held: Vec<_> = self.held.iter().filter(|held| held.member == "zoe").cloned().collect();
+        for held in held {
+            let outcome = if self.rng.chance(90) {
+                Outcome::Ack
+            } else {
+                Outcome::Nack { delay_ms: None, counted: true, detail: Default::default() }
+            };
+            let settlements = vec![Settlement { record: held.record, outcome }];
+            self.settle_as(&held.group, &held.member, Level::Synced, settlements);
+        }
+        // What others hold they lose with their sessions.
+        self.held.retain(|held| held.member == "zoe");
+    }
+
+    /// The records that are neither done with, nor held, nor behind a held one of their key.
+    fn work_left(&self) -> Vec<(String, felucca_broker::engine::types::PartitionKey, u64)> {
+        let mut left = Vec::new();
+        for (group, share) in &self.model.shares {
+            for (key, part) in &share.parts {
+                let log = &self.model.logs[key];
+                let is_held =
+                    |offset: &u64| part.records.get(offset).is_some_and(|record| record.state == State::Held);
+                // A table full of held records takes in nothing new.
+                let held = part.records.values().filter(|record| record.state == State::Held).count();
+                let is_full = held as u64 >= self.settings.max_exceptions;
+                let mut blocked = BTreeSet::new();
+                for offset in part.unsettled(log, log.end) {
+                    let slot = log.entries[&offset].slot.filter(|_| share.config.ordered);
+                    if is_held(&offset) || (is_full && !part.records.contains_key(&offset)) {
+                        blocked.extend(slot);
+                    } else if slot.is_none_or(|slot| !blocked.contains(&slot)) {
+                        left.push((group.clone(), *key, offset));
+                    }
+                }
+            }
+        }
+        left
+    }
+}

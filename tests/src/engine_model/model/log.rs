@@ -1,0 +1,114 @@
+//! Partitions: dense offsets, and what each producer sent last.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use felucca_broker::engine::types::PartitionKey;
+
+use super::Model;
+
+/// A record as far as the model looks into it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    /// Differs between any two records that are not copies of each other.
+    pub(crate) identity: u64,
+    pub(crate) slot: Option<u16>,
+    pub(crate) size: u32,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Sent {
+    pub(crate) first: u32,
+    pub(crate) count: u32,
+    pub(crate) base_offset: u64,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Producer {
+    pub(crate) epoch: u16,
+    /// At most the last five.
+    pub(crate) sent: VecDeque<Sent>,
+}
+
+impl Producer {
+    pub(crate) fn next_sequence(&self) -> u32 {
+        self.sent.back().map_or(0, |sent| sent.first + sent.count)
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Log {
+    pub(crate) end: u64,
+    pub(crate) entries: BTreeMap<u64, Entry>,
+    pub(crate) producers: BTreeMap<u64, Producer>,
+    /// Records may have been shown before they were synced: a power loss may leave a gap.
+    pub(crate) was_written: bool,
+}
+
+/// What must become of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    Append,
+    Duplicate(u64),
+    OutOfOrder { expected: u32 },
+    Fenced,
+    UnknownProducer,
+}
+
+/// Producer fields of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Origin {
+    pub(crate) producer: u64,
+    pub(crate) epoch: u16,
+    pub(crate) first: u32,
+}
+
+impl Model {
+    pub(crate) fn fate(&self, key: &PartitionKey, origin: Option<Origin>, count: u32) -> Fate {
+        let Some(origin) = origin else { return Fate::Append };
+        if origin.producer >= self.next_producer {
+            return Fate::UnknownProducer;
+        }
+        let next = |expected: u32| {
+            if origin.first == expected { Fate::Append } else { Fate::OutOfOrder { expected } }
+        };
+        let Some(producer) = self.logs[key].producers.get(&origin.producer) else { return next(0) };
+        if origin.epoch < producer.epoch {
+            return Fate::Fenced;
+        }
+        if origin.epoch > producer.epoch {
+            return next(0);
+        }
+        let same = |sent: &&Sent| sent.first == origin.first && sent.count == count;
+        match producer.sent.iter().find(same) {
+            Some(sent) => Fate::Duplicate(sent.base_offset),
+            None => next(producer.next_sequence()),
+        }
+    }
+
+    /// Takes in a batch that was appended.
+    pub(crate) fn appended(
+        &mut self,
+        key: &PartitionKey,
+        base: u64,
+        entries: &[Entry],
+        origin: Option<Origin>,
+    ) {
+        let log = self.logs.get_mut(key).expect("an append to a partition that the model does not have");
+        assert_eq!(base, log.end, "offsets of {key} are not dense");
+        for (offset, entry) in (base..).zip(entries) {
+            log.entries.insert(offset, *entry);
+        }
+        log.end += entries.len() as u64;
+        let Some(origin) = origin else { return };
+        let fresh = || Producer { epoch: origin.epoch, sent: VecDeque::new() };
+        let producer = log.producers.entry(origin.producer).or_insert_with(fresh);
+        if producer.epoch != origin.epoch {
+            *producer = fresh();
+        }
+        if producer.sent.len() == 5 {
+            producer.sent.pop_front();
+        }
+        let count = entries.len() as u32;
+        producer.sent.push_back(Sent { first: origin.first, count, base_offset: base });
+    }
+}

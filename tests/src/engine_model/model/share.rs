@@ -1,0 +1,391 @@
+//! Share groups: the states of records, grants, failures and what is to be retried.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use felucca_broker::engine::types::{LeaseId, PartitionKey, TopicId};
+
+use super::log::Log;
+use super::{Model, Moment, Name};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OnExhausted {
+    DeadLetter,
+    Hold,
+    Discard,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Config {
+    pub(crate) lease_ms: u64,
+    pub(crate) max_lease_ms: u64,
+    pub(crate) backoff_initial_ms: u64,
+    pub(crate) backoff_max_ms: u64,
+    pub(crate) multiplier: f64,
+    pub(crate) jitter: f64,
+    pub(crate) max_failures: u32,
+    pub(crate) max_deliveries: u32,
+    pub(crate) ordered: bool,
+    pub(crate) on_exhausted: OnExhausted,
+    /// The class that ends a record at once.
+    pub(crate) fatal_class: Option<&'static str>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            lease_ms: 30_000,
+            max_lease_ms: 43_200_000,
+            backoff_initial_ms: 1_000,
+            backoff_max_ms: 300_000,
+            multiplier: 2.0,
+            jitter: 0.2,
+            max_failures: 10,
+            max_deliveries: 100,
+            ordered: false,
+            on_exhausted: OnExhausted::DeadLetter,
+            fatal_class: None,
+        }
+    }
+}
+
+impl Config {
+    /// Shortest and longest wait after the n-th failure.
+    fn backoff(&self, failures: u32) -> (u64, u64) {
+        let mut wait = self.backoff_initial_ms as f64;
+        for _ in 1..failures {
+            wait = (wait * self.multiplier).min(self.backoff_max_ms as f64);
+        }
+        wait = wait.min(self.backoff_max_ms as f64);
+        ((wait * (1.0 - self.jitter)).floor() as u64, (wait * (1.0 + self.jitter)).ceil() as u64)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum How {
+    Acked,
+    DeadLettered,
+    Discarded,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    Leased {
+        granted_ms: u64,
+        deadline_ms: u64,
+        /// Frame of the grant.
+        lsn: u64,
+    },
+    /// To be tried again, at the earliest and at the latest then.
+    Waiting {
+        from_ms: u64,
+        by_ms: u64,
+    },
+    Exhausted,
+    Held,
+    Settled {
+        how: How,
+        lsn: u64,
+        at_ms: u64,
+    },
+}
+
+/// Why the last lease ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cause {
+    Nacked,
+    Rejected,
+    Released,
+    /// The lease expired or the member was lost.
+    Lapsed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Said {
+    Ack,
+    Nack,
+    Reject,
+    Release,
+}
+
+/// A lease that was settled by its holder.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Past {
+    pub(crate) lease: LeaseId,
+    pub(crate) member: Name,
+    pub(crate) said: Said,
+    pub(crate) at_ms: u64,
+    pub(crate) lsn: u64,
+}
+
+/// A record that was handed out at least once.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Record {
+    pub(crate) state: State,
+    pub(crate) deliveries: u32,
+    pub(crate) failures: u32,
+    /// The last lease and its holder.
+    pub(crate) lease: LeaseId,
+    pub(crate) member: Name,
+    pub(crate) cause: Option<Cause>,
+    pub(crate) past: Vec<Past>,
+    /// It came back at least once.
+    pub(crate) returned: bool,
+}
+
+impl Record {
+    pub(crate) fn lease_deadline(&self) -> Option<u64> {
+        match self.state {
+            State::Leased { deadline_ms, .. } => Some(deadline_ms),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn is_settled(&self) -> bool {
+        matches!(self.state, State::Settled { .. })
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Counts {
+    pub(crate) acked: u64,
+    pub(crate) dead_lettered: u64,
+    pub(crate) discarded: u64,
+    pub(crate) deliveries: u64,
+    pub(crate) failures: u64,
+}
+
+/// A group on a partition.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Part {
+    /// Differs after every seek.
+    pub(crate) instance: u64,
+    /// Frame of the seek, or of the group's beginning.
+    pub(crate) since: u64,
+    pub(crate) start: u64,
+    pub(crate) records: BTreeMap<u64, Record>,
+    pub(crate) counts: Counts,
+}
+
+impl Part {
+    pub(crate) fn new(instance: u64, since: u64, start: u64) -> Self {
+        Self { instance, since, start, records: BTreeMap::new(), counts: Counts::default() }
+    }
+
+    pub(crate) fn is_unsettled(&self, offset: u64) -> bool {
+        offset >= self.start && self.records.get(&offset).is_none_or(|record| !record.is_settled())
+    }
+
+    /// The unsettled records of the log below `end`.
+    pub(crate) fn unsettled<'a>(&'a self, log: &'a Log, end: u64) -> impl Iterator<Item = u64> + 'a {
+        let known = log.entries.range(self.start.min(end)..end).map(|(offset, _)| *offset);
+        known.filter(|offset| self.is_unsettled(*offset))
+    }
+
+    /// The oldest unsettled record of the same key slot before `offset`, in a key-ordered group.
+    pub(crate) fn predecessor(&self, log: &Log, offset: u64) -> Option<u64> {
+        let slot = log.entries.get(&offset)?.slot?;
+        self.unsettled(log, offset).find(|before| log.entries[before].slot == Some(slot))
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Share {
+    pub(crate) config: Config,
+    pub(crate) paused: bool,
+    pub(crate) hidden: bool,
+    /// Frame of its creation.
+    pub(crate) since: u64,
+    pub(crate) topics: BTreeSet<TopicId>,
+    pub(crate) parts: BTreeMap<PartitionKey, Part>,
+    /// What was granted up to this frame was not bound to the order of keys.
+    pub(crate) ordered_since: u64,
+}
+
+/// One lease handed out.
+#[derive(Clone, Debug)]
+pub(crate) struct Grant {
+    pub(crate) offset: u64,
+    pub(crate) lease: LeaseId,
+    pub(crate) member: Name,
+    pub(crate) deliveries: u32,
+    pub(crate) failures: u32,
+}
+
+/// What the holder, or its silence, made of a lease.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Failure<'a> {
+    pub(crate) cause: Cause,
+    pub(crate) counted: bool,
+    pub(crate) delay_ms: Option<u64>,
+    pub(crate) class: &'a str,
+}
+
+impl Model {
+    /// Where the exhausted records of a group on a topic go.
+    pub(crate) fn on_exhausted(&self, group: &str, topic: TopicId) -> OnExhausted {
+        let chosen = self.shares[group].config.on_exhausted;
+        if chosen == OnExhausted::DeadLetter && self.letters_of(group, topic).is_none() {
+            return OnExhausted::Hold;
+        }
+        chosen
+    }
+
+    pub(crate) fn letters_of(&self, group: &str, topic: TopicId) -> Option<TopicId> {
+        let source = match &self.topics.get(&topic)?.kind {
+            super::topics::Kind::Standard => self.topics[&topic].name.clone(),
+            super::topics::Kind::Redrive { source, .. } => source.clone(),
+            super::topics::Kind::Letters { .. } => return None,
+        };
+        self.topic_named(&super::topics::letters_name(group, &source)).map(|(id, _)| id)
+    }
+
+    /// Checks a grant against everything that the rules ask, and notes it.
+    pub(crate) fn granted(
+        &mut self,
+        at: Moment,
+        group: &str,
+        key: PartitionKey,
+        grant: &Grant,
+        may_show: u64,
+        synced: u64,
+    ) {
+        let Grant { offset, .. } = *grant;
+        let context = || format!("{group} {key} offset {offset} as {:?}", grant.lease);
+        let log = &self.logs[&key];
+        let share = self.shares.get_mut(group).expect("a grant by a group that the model does not have");
+        assert!(!share.paused, "granted while paused: {}", context());
+        let part = share.parts.get(&key).expect("a grant on a partition that the group is not on");
+        assert!(offset >= part.start && log.entries.contains_key(&offset), "no such record: {}", context());
+        assert!(offset < may_show, "granted before it may be seen: {}", context());
+        let before = part.records.get(&offset);
+        match before.map(|record| record.state) {
+            None => {}
+            Some(State::Waiting { from_ms, .. }) => {
+                assert!(from_ms <= at.now_ms, "granted {} ms early: {}", from_ms - at.now_ms, context());
+            }
+            Some(state) => panic!("granted although {state:?}: {}", context()),
+        }
+        let (deliveries, failures) = before.map_or((0, 0), |record| (record.deliveries, record.failures));
+        assert_eq!(
+            (grant.deliveries, grant.failures),
+            (deliveries + 1, failures),
+            "deliveries and failures: {}",
+            context()
+        );
+        if share.config.ordered
+            && let Some(slot) = log.entries[&offset].slot
+        {
+            let moved = part.since > share.since;
+            assert!(!moved || part.since <= synced, "granted before the seek was synced: {}", context());
+            if let Some(first) = part.predecessor(log, offset) {
+                panic!("granted although {first} of its key is not settled: {}", context());
+            }
+            for (other, record) in &part.records {
+                if log.entries.get(other).and_then(|entry| entry.slot) != Some(slot) {
+                    continue;
+                }
+                match record.state {
+                    State::Leased { lsn, .. } if lsn > share.ordered_since => {
+                        panic!("granted while {other} of its key is leased: {}", context());
+                    }
+                    State::Settled { lsn, .. } if *other < offset => {
+                        assert!(lsn <= synced, "granted before {other} of its key was synced: {}", context());
+                    }
+                    _ => {}
+                }
+            }
+        }
+        let state = State::Leased {
+            granted_ms: at.now_ms,
+            deadline_ms: at.now_ms + share.config.lease_ms,
+            lsn: at.lsn,
+        };
+        let part = share.parts.get_mut(&key).expect("looked up above");
+        part.counts.deliveries += 1;
+        let record = part.records.entry(offset).or_insert_with(|| Record {
+            state,
+            deliveries: 0,
+            failures: 0,
+            lease: grant.lease,
+            member: grant.member.clone(),
+            cause: None,
+            past: Vec::new(),
+            returned: false,
+        });
+        record.state = state;
+        record.deliveries += 1;
+        record.lease = grant.lease;
+        record.member = grant.member.clone();
+    }
+
+    /// Ends an attempt: the record waits for its next one, or that was the last.
+    pub(crate) fn fail(
+        &mut self,
+        at: Moment,
+        group: &str,
+        key: PartitionKey,
+        offset: u64,
+        failure: Failure<'_>,
+    ) {
+        let on_exhausted = self.on_exhausted(group, key.topic);
+        let share = self.shares.get_mut(group).expect("the group of a lease");
+        let part = share.parts.get_mut(&key).expect("the partition of a lease");
+        let record = part.records.get_mut(&offset).expect("the record of a lease");
+        let config = &share.config;
+        record.cause = Some(failure.cause);
+        record.returned = true;
+        if failure.counted {
+            record.failures += 1;
+            part.counts.failures += 1;
+        }
+        let over = failure.cause == Cause::Rejected
+            || config.fatal_class.is_some_and(|class| class == failure.class)
+            || (failure.cause != Cause::Released && record.failures >= config.max_failures)
+            || record.deliveries >= config.max_deliveries;
+        record.state = if over {
+            match on_exhausted {
+                OnExhausted::DeadLetter => State::Exhausted,
+                OnExhausted::Hold => State::Held,
+                OnExhausted::Discard => {
+                    part.counts.discarded += 1;
+                    State::Settled { how: How::Discarded, lsn: at.lsn, at_ms: at.now_ms }
+                }
+            }
+        } else if failure.cause == Cause::Released {
+            State::Waiting { from_ms: at.now_ms, by_ms: at.now_ms }
+        } else {
+            let (low, high) = match failure.delay_ms {
+                Some(delay) => (delay, delay),
+                None => config.backoff(record.failures),
+            };
+            State::Waiting { from_ms: at.now_ms.saturating_add(low), by_ms: at.now_ms.saturating_add(high) }
+        };
+    }
+
+    /// Everything leased by a group: (partition, offset, holder, deadline).
+    pub(crate) fn leases(&self, group: &str) -> Vec<(PartitionKey, u64, Name, u64)> {
+        let mut leases = Vec::new();
+        for (key, part) in &self.shares[group].parts {
+            for (offset, record) in &part.records {
+                if let Some(deadline) = record.lease_deadline() {
+                    leases.push((*key, *offset, record.member.clone(), deadline));
+                }
+            }
+        }
+        leases
+    }
+
+    /// Ends the leases whose time is over and those of lost members.
+    pub(crate) fn lapse(&mut self, at: Moment, lost: &[(String, String)]) {
+        let groups: Vec<String> = self.shares.keys().cloned().collect();
+        for group in groups {
+            for (key, offset, member, deadline) in self.leases(&group) {
+                let is_lost = lost.iter().any(|(g, m)| *g == group && **m == *member);
+                if deadline <= at.now_ms || is_lost {
+                    let failure = Failure { cause: Cause::Lapsed, counted: true, delay_ms: None, class: "" };
+                    self.fail(at, &group, key, offset, failure);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! Share groups from outside: create, alter, pause, seek, delete.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use felucca_broker::engine::command::{Command, SeekTo};
+use felucca_broker::engine::effect::{Reply, TopicKind};
+use felucca_broker::engine::error::EngineError;
+use felucca_broker::engine::types::{Level, PartitionKey, TopicId};
+
+use crate::engine_model::model::share::{Config, OnExhausted, Part, Share};
+use crate::engine_model::model::topics::{Kind, Topic, letters_name, redrive_name};
+use crate::engine_model::world::World;
+
+const NAMES: [&str; 3] = ["pay", "mail", "audit"];
+
+impl World {
+    /// A configuration as the command wants it and as the model has it.
+    fn draw_config(&mut self) -> (Vec<(String, String)>, Config) {
+        let rng = &mut self.rng;
+        let lease_ms = rng.between(1, 40) * 100;
+        let backoff_initial_ms = [0, 10, 100, 700][rng.below(4) as usize];
+        let config = Config {
+            lease_ms,
+            max_lease_ms: 10_000,
+            backoff_initial_ms,
+            backoff_max_ms: backoff_initial_ms * rng.between(1, 5),
+            multiplier: [1.0, 2.0, 3.0][rng.below(3) as usize],
+            jitter: [0.0, 0.0, 0.2, 1.0][rng.below(4) as usize],
+            max_failures: rng.between(1, 4) as u32,
+            max_deliveries: [3, 6, 100][rng.below(3) as usize],
+            ordered: rng.chance(60),
+            on_exhausted: [
+                OnExhausted::DeadLetter,
+                OnExhausted::DeadLetter,
+                OnExhausted::Hold,
+                OnExhausted::Discard,
+            ][rng.below(4) as usize],
+            fatal_class: rng.chance(50).then_some("fatal"),
+        };
+        (entries(&config), config)
+    }
+
+    pub(crate) fn create_share_group(&mut self) {
+        let name = self.any_name(&NAMES);
+        let mut topics: Vec<String> = (0..self.rng.between(1, 2)).filter_map(|_| self.any_topic()).collect();
+        if self.rng.chance(3) {
+            topics.push("nowhere".to_owned());
+        }
+        let from_end = self.rng.chance(25);
+        let (config, drawn) = self.draw_config();
+        self.create_share_group_as(&name, &topics, (config, drawn), from_end);
+    }
+
+    pub(crate) fn create_share_group_as(
+        &mut self,
+        name: &str,
+        topics: &[String],
+        (config, drawn): (Vec<(String, String)>, Config),
+        from_end: bool,
+    ) {
+        self.note(|| format!("create share group {name} on {topics:?} from_end={from_end} {drawn:?}"));
+        let command =
+            Command::CreateShareGroup { group: name.to_owned(), topics: topics.to_vec(), config, from_end };
+        if self.model.shares.contains_key(name) || self.model.consumers.contains_key(name) {
+            self.refused(command, |error| matches!(error, EngineError::GroupExists(_)));
+            return;
+        }
+        if topics.is_empty() {
+            self.refused(command, |error| matches!(error, EngineError::InvalidRequest(_)));
+            return;
+        }
+        let known: Vec<(TopicId, Topic)> = topics
+            .iter()
+            .filter_map(|topic| self.model.topic_named(topic).map(|(id, topic)| (id, topic.clone())))
+            .collect();
+        let private = known.iter().any(|(_, topic)| matches!(topic.kind, Kind::Redrive { .. }));
+        if known.len() < topics.len() || private {
+            self.refused(command, |error| {
+                matches!(error, EngineError::UnknownTopic(_) | EngineError::InvalidRequest(_))
+            });
+            return;
+        }
+        let sources: BTreeMap<TopicId, Topic> = known.into_iter().collect();
+        let fits = |companion: &str, topic: &Topic| {
+            self.model.topic_named(companion).is_none_or(|(_, found)| found.partitions == topic.partitions)
+        };
+        if !sources.values().all(|topic| {
+            fits(&letters_name(name, &topic.name), topic) && fits(&redrive_name(name, &topic.name), topic)
+        }) {
+            self.refused(command, |error| matches!(error, EngineError::TopicExists(_)));
+            return;
+        }
+        if self.over_limits(name, &sources) {
+            self.refused(command, |error| matches!(error, EngineError::LimitReached { .. }));
+            return;
+        }
+        assert_eq!(self.ask(command, Level::Synced), Reply::Done);
+        let mut members: BTreeSet<TopicId> = sources.keys().copied().collect();
+        members.extend(self.adopt_companions(name, &sources));
+        self.start_share(name, &members, drawn, from_end, false);
+    }
+
+    fn over_limits(&self, name: &str, sources: &BTreeMap<TopicId, Topic>) -> bool {
+        let (mut topics, mut partitions) = (0, 0);
+        for topic in sources.values().filter(|topic| topic.kind == Kind::Standard) {
+            for companion in [letters_name(name, &topic.name), redrive_name(name, &topic.name)] {
+                if self.model.topic_named(&companion).is_none() {
+                    topics += 1;
+                    partitions += u64::from(topic.partitions);
+                }
+            }
+        }
+        let there: u64 = self.model.topics.values().map(|topic| u64::from(topic.partitions)).sum();
+        self.model.topics.len() as u64 + topics > self.settings.max_topics
+            || there + partitions > self.settings.max_partitions
+    }
+
+    /// Learns the dead-letter and redrive topics that the group must have made; answers the redrive topics.
+    fn adopt_companions(&mut self, group: &str, sources: &BTreeMap<TopicId, Topic>) -> Vec<TopicId> {
+        let Reply::Metadata { topics: found, .. } =
+            self.ask(Command::Metadata { names: Vec::new() }, Level::Synced)
+        else {
+            panic!("metadata")
+        };
+        let mut redrives = Vec::new();
+        for source in sources.values().filter(|topic| topic.kind == Kind::Standard) {
+            let (letters, redrive) = (letters_name(group, &source.name), redrive_name(group, &source.name));
+            let names = || (group.to_owned(), source.name.clone());
+            let find = |name: &str| {
+                let info = found.iter().find(|info| info.name == name).expect("made with the group");
+                assert_eq!(info.partitions, source.partitions);
+                (info.id, info.kind.clone())
+            };
+            if self.model.topic_named(&letters).is_none() {
+                let (id, kind) = find(&letters);
+                let (group, origin) = names();
+                assert_eq!(kind, TopicKind::DeadLetter { group: group.clone(), source: origin.clone() });
+                self.add_companion(id, &letters, source.partitions, Kind::Letters { group, source: origin });
+                let config = Config { on_exhausted: OnExhausted::Hold, ..Config::default() };
+                self.start_share(&redrive, &BTreeSet::from([id]), config, false, true);
+            }
+            let (id, kind) = find(&redrive);
+            if self.model.topic_named(&redrive).is_none() {
+                let (group, origin) = names();
+                assert_eq!(kind, TopicKind::Redrive { group: group.clone(), source: origin.clone() });
+                self.add_companion(id, &redrive, source.partitions, Kind::Redrive { group, source: origin });
+            }
+            redrives.push(id);
+        }
+        assert_eq!(found.len(), self.model.topics.len(), "{found:?}");
+        redrives
+    }
+
+    fn add_companion(&mut self, id: TopicId, name: &str, partitions: u32, kind: Kind) {
+        let name = name.to_owned();
+        self.model.add_topic(id, Topic { name, partitions, kind, allow_written: false, early: false });
+    }
+
+    fn start_share(
+        &mut self,
+        name: &str,
+        topics: &BTreeSet<TopicId>,
+        config: Config,
+        from_end: bool,
+        hidden: bool,
+    ) {
+        let mut parts = BTreeMap::new();
+        let keys: Vec<PartitionKey> = topics.iter().flat_map(|id| self.model.topic_keys(*id)).collect();
+        for key in keys {
+            let start = if from_end { self.model.logs[&key].end } else { 0 };
+            parts.insert(key, Part::new(self.instance(), self.lsn(), start));
+        }
+        let topics = topics.clone();
+        let since = self.lsn();
+        let share = Share { config, paused: false, hidden, since, topics, parts, ordered_since: since };
+        self.model.shares.insert(name.to_owned(), share);
+    }
+
+    pub(crate) fn alter_share_group(&mut self) {
+        let Some(group) = self.any_share_group() else { return };
+        let (_, mut drawn) = self.draw_config();
+        let before = self.model.shares[&group].config.clone();
+        if self.rng.chance(70) {
+            drawn.ordered = before.ordered;
+        }
+        self.note(|| format!("alter {group} {drawn:?}"));
+        let command = Command::AlterShareGroup { group: group.clone(), config: entries(&drawn) };
+        assert_eq!(self.ask(command, Level::Synced), Reply::Done);
+        let lsn = self.lsn();
+        if drawn.ordered != before.ordered {
+            self.live.letters_may_repeat = true;
+            self.promises.forget_order(&group);
+        }
+        let share = self.model.shares.get_mut(&group).expect("a known group");
+        if drawn.ordered && !before.ordered {
+            share.ordered_since = lsn;
+        }
+        share.config = drawn;
+    }
+
+    pub(crate) fn pause_group(&mut self) {
+        let Some(group) = self.any_share_group() else { return };
+        let paused = self.rng.chance(40);
+        self.pause(&group, paused);
+    }
+
+    pub(crate) fn pause(&mut self, group: &str, paused: bool) {
+        self.note(|| format!("pause {group} {paused}"));
+        let command = Command::PauseGroup { group: group.to_owned(), paused };
+        assert_eq!(self.ask(command, Level::Synced), Reply::Done);
+        self.model.shares.get_mut(group).expect("a known group").paused = paused;
+    }
+
+    pub(crate) fn seek_group(&mut self) {
+        let Some(group) = self.any_share_group() else { return };
+        let Some(key) = self.any_partition() else { return };
+        let end = self.model.logs[&key].end;
+        let to = match self.rng.below(4) {
+            0 => SeekTo::Beginning,
+            1 => SeekTo::End,
+            _ => SeekTo::Offset(self.rng.below(end.min(1 << 40) + 2)),
+        };
+        let name = self.model.topics[&key.topic].name.clone();
+        self.note(|| format!("seek {group} {name} {key} to {to:?}"));
+        let positions = vec![(key.partition, to)];
+        let command = Command::SeekGroup { group: group.clone(), topic: name, positions };
+        let start = match to {
+            SeekTo::Beginning => 0,
+            SeekTo::End => end,
+            SeekTo::Offset(offset) => offset,
+        };
+        if start > end {
+            self.refused(command, |error| matches!(error, EngineError::OffsetOutOfRange { .. }));
+            return;
+        }
+        if !self.model.shares[&group].topics.contains(&key.topic) {
+            self.refused(command, |error| matches!(error, EngineError::InvalidRequest(_)));
+            return;
+        }
+        assert_eq!(self.ask(command, Level::Synced), Reply::Done);
+        self.restart_part(&group, key, start);
+    }
+
+    fn restart_part(&mut self, group: &str, key: PartitionKey, start: u64) {
+        let part = Part::new(self.instance(), self.lsn(), start);
+        let share = self.model.shares.get_mut(group).expect("a known group");
+        share.parts.insert(key, part);
+        self.live.letters.retain(|(name, other, _)| (name.as_str(), *other) != (group, key));
+    }
+
+    pub(crate) fn delete_group(&mut self) {
+        let names: Vec<String> =
+            self.model.shares.keys().chain(self.model.consumers.keys()).cloned().collect();
+        let Some(group) = self.rng.pick(&names).cloned() else { return };
+        if self.model.shares.get(&group).is_some_and(|share| share.hidden) {
+            return;
+        }
+        self.note(|| format!("delete group {group}"));
+        let command = Command::DeleteGroup { group: group.clone() };
+        let has_members = match self.model.consumers.get(&group) {
+            Some(consumer) => !consumer.members.is_empty(),
+            None => !self.live.group_members(&group).is_empty(),
+        };
+        if has_members {
+            self.refused(command, |error| matches!(error, EngineError::GroupNotEmpty(_)));
+            return;
+        }
+        assert_eq!(self.ask(command, Level::Synced), Reply::Done);
+        self.live.drop_group(&group);
+        self.model.consumers.remove(&group);
+        if self.model.shares.remove(&group).is_some() {
+            let private = self.model.topics.iter().filter(
+                |(_, topic)| matches!(&topic.kind, Kind::Redrive { group: owner, .. } if *owner == group),
+            );
+            let private: Vec<TopicId> = private.map(|(id, _)| *id).collect();
+            for id in private {
+                self.model.drop_topic(id);
+            }
+        }
+    }
+}
+
+fn entries(config: &Config) -> Vec<(String, String)> {
+    let on_exhausted = match config.on_exhausted {
+        OnExhausted::DeadLetter => "dead-letter",
+        OnExhausted::Hold => "hold",
+        OnExhausted::Discard => "discard",
+    };
+    [
+        ("lease", format!("{}ms", config.lease_ms)),
+        ("max-lease", format!("{}ms", config.max_lease_ms)),
+        ("backoff-initial", format!("{}ms", config.backoff_initial_ms)),
+        ("backoff-max", format!("{}ms", config.backoff_max_ms)),
+        ("backoff-multiplier", config.multiplier.to_string()),
+        ("jitter", config.jitter.to_string()),
+        ("max-failures", config.max_failures.to_string()),
+        ("max-deliveries", config.max_deliveries.to_string()),
+        ("ordering", if config.ordered { "key" } else { "none" }.to_owned()),
+        ("on-exhausted", on_exhausted.to_owned()),
+        ("non-retryable-classes", config.fatal_class.unwrap_or("").to_owned()),
+    ]
+    .map(|(key, value)| (key.to_owned(), value))
+    .into()
+}
