@@ -62,6 +62,22 @@ pub struct Redriven {
 
 /// Administration. Every call waits for its answer, at most for the client's request timeout. What changes something is
 /// asked once: after [`crate::Error::Disconnected`] it may have been done. Dropping a call's future does not undo it.
+///
+/// ```no_run
+/// use felucca_client::{Client, RedriveTarget, Result};
+///
+/// # async fn example(client: Client) -> Result<()> {
+/// let admin = client.admin();
+/// admin.create_topic("orders", 8, &[]).await?;
+/// admin.create_share_group("payment", &["orders"], &[("ordering", "key")]).await?;
+/// for partition in admin.describe_group("payment").await?.partitions {
+///     println!("{}/{}: {} to do", partition.topic, partition.partition, partition.lag);
+/// }
+/// let redriven = admin.redrive("payment", "orders", RedriveTarget::Group).await?;
+/// println!("{} to be tried again", redriven.moved);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Admin {
     client: Client,
@@ -80,6 +96,7 @@ impl Admin {
         Self { client }
     }
 
+    /// For what may not be done twice.
     async fn change<R: prost::Message + Default>(
         &self,
         api: Api,
@@ -88,6 +105,7 @@ impl Admin {
         Ok(self.client.link.ask(api, request, Vec::new()).await?.0)
     }
 
+    /// For what may be asked twice.
     async fn look<R: prost::Message + Default>(&self, api: Api, request: &impl prost::Message) -> Result<R> {
         Ok(self.client.link.ask_until(api, request, Vec::new()).await?.0)
     }
@@ -296,6 +314,32 @@ impl Admin {
             committed.push(CommittedOffset { topic, partition, offset: offset.offset, metadata });
         }
         Ok(committed)
+    }
+
+    /// Sets what a consumer group has committed; it must have no members.
+    ///
+    /// # Errors
+    /// A topic or partition is unknown, an offset is beyond the end, the group has members. The first error is returned; the
+    /// other offsets are committed all the same.
+    pub async fn commit(&self, group: &str, offsets: &[CommittedOffset]) -> Result<()> {
+        let mut items = Vec::with_capacity(offsets.len());
+        for committed in offsets {
+            items.push(message::CommittedOffset {
+                topic_id: self.client.look_up(&committed.topic).await?.id,
+                partition: committed.partition,
+                offset: committed.offset,
+                metadata: committed.metadata.clone(),
+            });
+        }
+        let request = message::CommitOffsets {
+            group: group.to_owned(),
+            member_id: String::new(),
+            generation: 0,
+            offsets: items,
+        };
+        let reply: message::CommitOffsetsReply = self.look(Api::CommitOffsets, &request).await?;
+        let error = reply.results.into_iter().find_map(|result| result.error);
+        error.map_or(Ok(()), |error| Err(error.into()))
     }
 
     /// The dead-letter topics of one group or of all.

@@ -15,7 +15,25 @@ use crate::link::Link;
 use crate::producer::ProducerBuilder;
 use crate::share::ShareConsumerBuilder;
 
-/// A connection to a broker that finds its way back by itself. Cheap to clone; all clones share it.
+/// A connection to a broker that finds its way back by itself. Cheap to clone; all clones share it. The connection ends when
+/// the last clone is dropped, and what was built from it.
+///
+/// ```no_run
+/// use std::time::Duration;
+/// use felucca_client::{Client, Result};
+///
+/// # async fn example() -> Result<()> {
+/// let client = Client::builder("127.0.0.1:7650")
+///     .client_name("billing")
+///     .request_timeout(Duration::from_secs(5))
+///     .connect()
+///     .await?;
+/// for topic in client.admin().topics().await? {
+///     println!("{} has {} partitions", topic.name, topic.partitions);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Client {
     pub(crate) link: Link,
@@ -59,10 +77,11 @@ impl ClientBuilder {
         self
     }
 
-    /// Connects, trying for the request timeout. Afterwards the client reconnects for as long as it lives.
+    /// Connects, trying for the request timeout. Afterwards the client reconnects for as long as it lives. Dropping the future
+    /// ends the attempt. To be called within a tokio runtime.
     ///
     /// # Errors
-    /// Why the last try failed.
+    /// Why the last try failed. A broker that refuses this client (its version, say) is not tried again.
     pub async fn connect(self) -> Result<Client> {
         let link = Link::start(self.address, self.client_name, self.request_timeout);
         link.connected(self.request_timeout).await?;
@@ -110,9 +129,15 @@ impl Client {
 
     /// The topic by name, from memory when it is known.
     pub(crate) async fn topic(&self, name: &str) -> Result<TopicRef> {
-        if let Some(known) = self.known_topic(name) {
-            return Ok(known);
+        let known = self.topics.lock().by_name.get(name).cloned();
+        match known {
+            Some(known) => Ok(known),
+            None => self.look_up(name).await,
         }
+    }
+
+    /// The topic by name, as the broker knows it now.
+    pub(crate) async fn look_up(&self, name: &str) -> Result<TopicRef> {
         let unknown = || Error::Broker {
             code: ErrorCode::UnknownTopic,
             message: format!("topic {name:?} does not exist"),
@@ -120,12 +145,8 @@ impl Client {
         let request = message::Metadata { topics: vec![name.to_owned()] };
         let (reply, _): (message::MetadataReply, _) =
             self.link.ask_until(Api::Metadata, &request, Vec::new()).await?;
-        let topic = reply.topics.into_iter().next().ok_or_else(unknown)?;
+        let topic = reply.topics.into_iter().find(|topic| topic.name == name).ok_or_else(unknown)?;
         Ok(self.remember(Topic::from_message(topic)))
-    }
-
-    pub(crate) fn known_topic(&self, name: &str) -> Option<TopicRef> {
-        self.topics.lock().by_name.get(name).cloned()
     }
 
     /// The topic by id; the broker is asked for all topics when it is not known.
@@ -148,7 +169,11 @@ impl Client {
     fn remember(&self, topic: Topic) -> TopicRef {
         let topic = TopicRef { name: topic.name.into(), id: topic.id, partitions: topic.partitions };
         let mut topics = self.topics.lock();
-        topics.by_name.insert(topic.name.clone(), topic.clone());
+        if let Some(before) = topics.by_name.insert(topic.name.clone(), topic.clone())
+            && before.id != topic.id
+        {
+            topics.by_id.remove(&before.id);
+        }
         topics.by_id.insert(topic.id.clone(), topic.clone());
         topic
     }

@@ -44,13 +44,17 @@
 //! ```
 
 mod admin;
+mod backoff;
 mod client;
+mod connection;
 mod consumer;
 mod error;
 mod link;
 mod producer;
 mod record;
 mod share;
+#[cfg(test)]
+mod testing;
 
 pub use admin::{
     Admin, CommittedOffset, DeadLetterTopic, GroupDescription, GroupKind, GroupListing, GroupMember,

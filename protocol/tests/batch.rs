@@ -25,6 +25,19 @@ fn three(compression: Compression) -> Bytes {
     batch.freeze()
 }
 
+#[test]
+fn a_batch_under_another_producer_is_the_same_batch_and_whole() {
+    for compression in [Compression::None, Compression::Lz4] {
+        let before = three(compression);
+        let mut after = BytesMut::from(&before[..]);
+        batch::set_producer(&mut after, 9, 2, 0);
+        let after = after.freeze();
+        let header = batch::check(&after).unwrap();
+        assert_eq!((header.producer_id, header.producer_epoch, header.base_sequence), (9, 2, 0));
+        assert_eq!(all(&after), all(&before));
+    }
+}
+
 fn build(records: &[Record], compression: Compression) -> BytesMut {
     let mut builder = BatchBuilder::new().compression(compression);
     for record in records {

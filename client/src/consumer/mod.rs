@@ -1,28 +1,33 @@
 //! The ordered consumer: a stream of records, each partition in the order of its offsets.
 //!
-//! [`task`] keeps the subscription (and in a group the assignment) over reconnects and puts whole batches into a queue that
-//! the consumer's credit bounds; the consumer decodes them record by record. Positions are in [`Positions`], shared by both:
-//! what is returned to the caller counts as processed at the next call.
+//! [`task`] keeps the subscription (and, with [`group`], the assignment) over reconnects and puts whole batches into a queue
+//! that the consumer's credit bounds; the consumer decodes them record by record. [`positions`] are shared by both: what is
+//! returned to the caller counts as processed at the next call.
 
+mod group;
+mod positions;
 mod task;
 
-use std::collections::{BTreeMap, HashMap};
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use felucca_protocol::batch::{self, Records};
-use felucca_protocol::{Api, message};
+use felucca_protocol::{Api, ErrorCode, message};
 use futures::Stream;
-use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::record::ConsumedRecord;
+use positions::{Partition, Positions};
 use task::{Order, Task};
 
 /// Where to begin on a partition for which nothing is committed.
@@ -120,76 +125,114 @@ impl ConsumerBuilder {
         self
     }
 
-    /// Starts reading.
+    /// Starts reading. Dropping the future starts nothing.
     ///
     /// # Errors
     /// A topic or partition is unknown, or the broker cannot be reached within the request timeout.
     pub async fn build(self) -> Result<Consumer> {
+        if self.settings.topics.is_empty() && self.settings.assigned.is_empty() {
+            return Err(Error::Record("a consumer needs topics or partitions to read".to_owned()));
+        }
         let (fetched, batches) = mpsc::unbounded_channel();
         let (orders, queue) = mpsc::channel(16);
-        let positions = Arc::new(Mutex::new(Positions::default()));
+        let positions = Arc::new(Positions::default());
         let patience = self.client.link.request_timeout() * 3;
-        let mut task = Task::new(self.client.clone(), self.settings, positions.clone(), fetched, queue);
+        let credit = Credit::new(&self.client, &self.settings);
+        let mut task = Task::new(self.client, self.settings, positions.clone(), fetched, queue);
         task.begin().await?;
         tokio::spawn(task.run());
-        Ok(Consumer { client: self.client, positions, batches, orders, patience, current: None, last: None })
+        Ok(Consumer { positions, batches, orders, patience, credit, current: None, last: None })
     }
-}
-
-/// A partition: topic id and number.
-type Key = (Bytes, u32);
-
-#[derive(Debug, Default)]
-struct Positions {
-    /// Batches of other subscriptions are of no use any more.
-    subscription: u64,
-    partitions: HashMap<Key, Position>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Position {
-    /// Next offset to return to the caller.
-    next: u64,
-    /// Everything below was processed.
-    processed: u64,
-    committed: Option<u64>,
 }
 
 /// A batch on its way to the caller.
 #[derive(Debug)]
 struct Fetched {
     subscription: u64,
-    topic: Arc<str>,
-    key: Key,
+    partition: Arc<Partition>,
     batch: Bytes,
 }
 
 #[derive(Debug)]
 struct Current {
-    fetched: Fetched,
+    subscription: u64,
+    partition: Arc<Partition>,
     records: Records,
+    /// Credit that it took.
     count: u32,
+    bytes: u32,
 }
 
-/// A stream of records, see the [module](crate::consumer). Ends only by an error that is not retryable, or `close`.
+/// Gives credit back, in pieces that are worth a frame.
+#[derive(Debug)]
+struct Credit {
+    client: Client,
+    subscription: u64,
+    records: u32,
+    bytes: u32,
+    least_records: u32,
+    least_bytes: u32,
+}
+
+impl Credit {
+    fn new(client: &Client, settings: &Settings) -> Self {
+        let (least_records, least_bytes) = (settings.credit_records / 4, settings.credit_bytes / 4);
+        Self { client: client.clone(), subscription: 0, records: 0, bytes: 0, least_records, least_bytes }
+    }
+
+    fn give_back(&mut self, done: &Current) {
+        if self.subscription != done.subscription {
+            // What was taken from an earlier subscription is over with it.
+            (self.subscription, self.records, self.bytes) = (done.subscription, 0, 0);
+        }
+        self.records = self.records.saturating_add(done.count);
+        self.bytes = self.bytes.saturating_add(done.bytes);
+        if self.records > self.least_records || self.bytes > self.least_bytes {
+            let (subscription, records, bytes) = (self.subscription, self.records, self.bytes);
+            self.client.link.tell(Api::Credit, &message::Credit { subscription, records, bytes });
+            (self.records, self.bytes) = (0, 0);
+        }
+    }
+}
+
+/// A stream of records, each partition in the order of its offsets. Ends after an error: only those are returned that trying
+/// again does not mend. Lost connections and restarts of the broker are resumed without a gap.
+///
+/// In a group, records are handed out at least once: what was returned and not committed when a member ends or a partition
+/// moves is read again by its next owner.
+///
+/// ```no_run
+/// use felucca_client::{Client, Result};
+///
+/// # async fn example(client: Client) -> Result<()> {
+/// let mut consumer = client.consumer().group("billing").topics(["orders"]).build().await?;
+/// while let Some(record) = consumer.next().await {
+///     let record = record?;
+///     println!("{}/{} at {}", record.topic, record.partition, record.offset);
+///     // Committed from the next call of `next` on, every five seconds.
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Consumer {
-    client: Client,
-    positions: Arc<Mutex<Positions>>,
+    positions: Arc<Positions>,
     batches: mpsc::UnboundedReceiver<Result<Fetched>>,
     orders: mpsc::Sender<Order>,
     patience: Duration,
+    credit: Credit,
     current: Option<Current>,
-    last: Option<(Key, u64)>,
+    /// The offset returned last, of the current batch: processed when the caller asks for more.
+    last: Option<u64>,
 }
 
 impl Consumer {
-    /// The next record; `None` after an error that ended the stream. Cancellation safe: no record is lost.
+    /// The next record; `None` after an error. Waits as long as there is none. Cancellation safe: no record is lost.
     pub async fn next(&mut self) -> Option<Result<ConsumedRecord>> {
         std::future::poll_fn(|context| self.poll(context)).await
     }
 
-    /// Commits everything returned so far.
+    /// Commits everything returned so far. When the future is dropped the commit may still be made.
     ///
     /// # Errors
     /// No group, or the commit failed; a partition that went to another member meanwhile is no error.
@@ -198,63 +241,69 @@ impl Consumer {
         self.order(Order::Commit).await
     }
 
-    /// Moves the position on a partition that this consumer reads.
+    /// Commits one partition up to and with this record, whatever was returned since. For callers who process records side by
+    /// side; to be used with [`ConsumerBuilder::auto_commit`] off. When the future is dropped the commit may still be made.
+    ///
+    /// # Errors
+    /// As [`Consumer::commit`], or the partition is not read by this consumer any more.
+    pub async fn commit_record(&self, record: &ConsumedRecord) -> Result<()> {
+        let partition = self.partition(&record.topic, record.partition)?;
+        let next = record.offset + 1;
+        self.order(|done| Order::CommitAt(partition, next, done)).await
+    }
+
+    /// Moves the position on a partition that this consumer reads: the next record of it is the one at `offset`, or the first
+    /// one after it. Not committed by itself. When the future is dropped the position may have been moved.
     ///
     /// # Errors
     /// The partition is not read by this consumer.
     pub async fn seek(&mut self, topic: &str, partition: u32, offset: u64) -> Result<()> {
-        let id = self.client.topic(topic).await?.id;
-        let key = (id, partition);
-        {
-            let mut positions = self.positions.lock();
-            let Some(position) = positions.partitions.get_mut(&key) else {
-                return Err(Error::Record(format!("this consumer does not read {topic}/{partition}")));
-            };
-            *position = Position { next: offset, processed: offset, committed: position.committed };
-            // Whatever is queued belongs to the old position.
-            positions.subscription = 0;
-        }
+        self.mark_processed();
+        let partition = self.partition(topic, partition)?;
+        // Whatever is queued belongs to the old position.
         self.current = None;
-        self.last = None;
-        self.order(Order::Resubscribe).await
+        self.order(|done| Order::Seek(partition, offset, done)).await
     }
 
     /// Partitions that this consumer reads now, by topic name.
-    pub async fn assignment(&self) -> Result<BTreeMap<String, Vec<u32>>> {
-        let keys: Vec<Key> = self.positions.lock().partitions.keys().cloned().collect();
+    pub fn assignment(&self) -> BTreeMap<String, Vec<u32>> {
         let mut assignment: BTreeMap<String, Vec<u32>> = BTreeMap::new();
-        for (id, partition) in keys {
-            let topic = self.client.topic_by_id(&id).await?;
-            assignment.entry(topic.name.to_string()).or_default().push(partition);
+        for partition in self.positions.all() {
+            assignment.entry(partition.topic.to_string()).or_default().push(partition.key.1);
         }
         assignment.values_mut().for_each(|partitions| partitions.sort_unstable());
-        Ok(assignment)
+        assignment
     }
 
-    /// Commits what was processed (in a group that commits by itself), leaves the group and ends. A consumer that is dropped
-    /// instead leaves its partitions when its session times out.
+    /// Commits what was processed, the record returned last included (in a group that commits by itself), leaves the group and
+    /// ends. A consumer that is dropped instead does the same behind the caller's back, without the record returned last.
     ///
     /// # Errors
-    /// The last commit failed.
+    /// The last commit failed, or the group could not be left: its session will time out.
     pub async fn close(mut self) -> Result<()> {
         self.mark_processed();
         self.order(Order::Close).await
     }
 
+    fn partition(&self, topic: &str, partition: u32) -> Result<Arc<Partition>> {
+        self.positions.find(topic, partition).ok_or_else(|| Error::Broker {
+            code: ErrorCode::NotAssigned,
+            message: format!("this consumer does not read {topic}/{partition}"),
+        })
+    }
+
     async fn order(&self, order: impl FnOnce(oneshot::Sender<Result<()>>) -> Order) -> Result<()> {
         let (sender, done) = oneshot::channel();
-        self.orders.send(order(sender)).await.map_err(|_| Error::Closed)?;
-        match timeout(self.patience, done).await {
-            Ok(result) => result.map_err(|_| Error::Closed)?,
-            Err(_) => Err(Error::Timeout("waiting for the consumer")),
-        }
+        let ordered = async {
+            self.orders.send(order(sender)).await.map_err(|_| Error::Closed)?;
+            done.await.map_err(|_| Error::Closed)?
+        };
+        timeout(self.patience, ordered).await.unwrap_or(Err(Error::Timeout("waiting for the consumer")))
     }
 
     fn mark_processed(&mut self) {
-        if let Some((key, offset)) = self.last.take()
-            && let Some(position) = self.positions.lock().partitions.get_mut(&key)
-        {
-            position.processed = position.processed.max(offset + 1);
+        if let (Some(offset), Some(current)) = (self.last.take(), &self.current) {
+            current.partition.processed(offset + 1);
         }
     }
 
@@ -264,59 +313,64 @@ impl Consumer {
             if let Some(current) = &mut self.current {
                 match next_record(current, &self.positions) {
                     Some(Ok(record)) => {
-                        self.last = Some((current.fetched.key.clone(), record.offset));
+                        self.last = Some(record.offset);
                         return Poll::Ready(Some(Ok(record)));
                     }
-                    Some(Err(error)) => {
-                        self.current = None;
-                        return Poll::Ready(Some(Err(error)));
-                    }
+                    Some(Err(error)) => return Poll::Ready(Some(Err(self.broken(error)))),
                     None => {
-                        let credit = message::Credit {
-                            subscription: current.fetched.subscription,
-                            records: current.count,
-                            bytes: u32::try_from(current.fetched.batch.len()).unwrap_or(u32::MAX),
-                        };
-                        self.client.link.tell(Api::Credit, &credit);
-                        self.current = None;
+                        if let Some(done) = self.current.take() {
+                            self.credit.give_back(&done);
+                        }
                     }
                 }
             }
-            match std::task::ready!(self.batches.poll_recv(context)) {
-                Some(Ok(fetched)) => match batch::records(&fetched.batch) {
-                    Ok(records) => {
-                        let count = records.header().record_count;
-                        self.current = Some(Current { fetched, records, count });
+            match ready!(self.batches.poll_recv(context)) {
+                Some(Ok(Fetched { subscription, partition, batch })) => {
+                    if subscription != self.positions.subscription() {
+                        continue;
                     }
-                    Err(error) => return Poll::Ready(Some(Err(error.into()))),
-                },
+                    match batch::check(&batch).and_then(|_| batch::records(&batch)) {
+                        Ok(records) => {
+                            let count = records.header().record_count;
+                            let bytes = u32::try_from(batch.len()).unwrap_or(u32::MAX);
+                            self.current = Some(Current { subscription, partition, records, count, bytes });
+                        }
+                        Err(error) => return Poll::Ready(Some(Err(self.broken(error.into())))),
+                    }
+                }
                 Some(Err(error)) => return Poll::Ready(Some(Err(error))),
                 None => return Poll::Ready(None),
             }
         }
     }
+
+    /// What cannot be decoded is never passed over: nothing is read any more.
+    fn broken(&mut self, error: Error) -> Error {
+        self.current = None;
+        self.batches.close();
+        while self.batches.try_recv().is_ok() {}
+        error
+    }
 }
 
-/// The batch's next record that the caller has not seen and that this consumer still reads.
-fn next_record(current: &mut Current, positions: &Mutex<Positions>) -> Option<Result<ConsumedRecord>> {
-    let fetched = &current.fetched;
+/// The batch's next record that the caller has not seen, if this consumer still reads the partition.
+fn next_record(current: &mut Current, positions: &Positions) -> Option<Result<ConsumedRecord>> {
+    let partition = &current.partition;
     loop {
         let record = match current.records.next()? {
             Ok(record) => record,
             Err(error) => return Some(Err(error.into())),
         };
-        let mut positions = positions.lock();
-        if positions.subscription != fetched.subscription {
-            return None;
-        }
-        let position = positions.partitions.get_mut(&fetched.key)?;
-        if record.offset < position.next {
+        if record.offset < partition.next() {
             continue;
         }
-        position.next = record.offset + 1;
+        if positions.subscription() != current.subscription || partition.is_revoked() {
+            return None;
+        }
+        partition.returned(record.offset + 1);
         return Some(Ok(ConsumedRecord {
-            topic: fetched.topic.clone(),
-            partition: fetched.key.1,
+            topic: partition.topic.clone(),
+            partition: partition.key.1,
             offset: record.offset,
             timestamp: record.timestamp,
             key: record.key,

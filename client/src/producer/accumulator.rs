@@ -1,270 +1,306 @@
-//! What is to be sent, by partition: the batch that gathers, and those that are closed.
+//! What is to be sent, by partition, and which partitions may send now.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use felucca_protocol::batch::{BatchBuilder, Compression};
+use felucca_protocol::batch::Compression;
+use felucca_protocol::partitioner::partition_for_key;
 
 use super::completion::{Completion, Slot};
+use super::lane::{Identity, Lane, Outbound};
+use crate::backoff::entropy;
 use crate::client::TopicRef;
 use crate::error::{Error, Result};
+use crate::record::Record;
 
-/// A partition as the accumulator knows it: topic id and number.
-pub(super) type Key = (Bytes, u32);
-
-/// Who sends to a partition: the sequence of its next batch belongs to it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Identity {
-    pub(super) producer_id: i64,
-    pub(super) epoch: i16,
-    pub(super) next_sequence: i32,
-}
-
-/// A closed batch: its bytes carry the sequence, so that sending it again is harmless.
+/// A batch on its way, with the place of its lane.
 #[derive(Debug)]
-pub(super) struct Batch {
-    pub(super) bytes: Bytes,
-    pub(super) sequence: i32,
-    pub(super) records: u32,
-    pub(super) permits: usize,
-    pub(super) created: Instant,
-    pub(super) completion: Arc<Completion>,
+pub(super) struct Sent {
+    pub(super) lane: usize,
+    pub(super) outbound: Outbound,
 }
 
 #[derive(Debug)]
-struct Gathering {
-    builder: BatchBuilder,
-    permits: usize,
-    created: Instant,
-    completion: Arc<Completion>,
-}
-
-#[derive(Debug)]
-struct Lane {
-    topic: Arc<str>,
-    gathering: VecDeque<Gathering>,
-    /// Sent before and to be sent again, before anything new.
-    returned: VecDeque<Batch>,
-    in_flight: usize,
-    /// Something failed: nothing more is sent until all that is in flight has come back.
-    draining: bool,
-    not_before: Option<Instant>,
-    identity: Option<Identity>,
+struct TopicLanes {
+    topic: TopicRef,
+    /// By partition: the place of its lane, once it has one.
+    lanes: Vec<Option<usize>>,
+    /// Where records without a key go.
+    sticky: u32,
 }
 
 #[derive(Debug)]
 pub(super) struct Accumulator {
-    lanes: BTreeMap<Key, Lane>,
-    sticky: BTreeMap<Bytes, u32>,
+    topics: HashMap<Arc<str>, TopicLanes>,
+    lanes: Vec<Option<Lane>>,
+    /// Places without a lane.
+    free: Vec<usize>,
+    /// Lanes that may have something to send, in turn.
+    ready: VecDeque<usize>,
+    /// Lanes that wait for a time.
+    delayed: Vec<usize>,
+    identity: Option<Identity>,
     max_batch_bytes: usize,
     compression: Compression,
-    /// Records enqueued and neither acknowledged nor failed.
-    open_records: usize,
 }
 
 impl Accumulator {
     pub(super) fn new(max_batch_bytes: usize, compression: Compression) -> Self {
         Self {
-            lanes: BTreeMap::new(),
-            sticky: BTreeMap::new(),
+            topics: HashMap::new(),
+            lanes: Vec::new(),
+            free: Vec::new(),
+            ready: VecDeque::new(),
+            delayed: Vec::new(),
+            identity: None,
             max_batch_bytes,
             compression,
-            open_records: 0,
         }
+    }
+
+    pub(super) fn set_max_batch_bytes(&mut self, bytes: usize) {
+        self.max_batch_bytes = bytes;
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.open_records == 0
+        self.lanes.iter().flatten().all(Lane::is_empty)
     }
 
-    /// The partition that records without a key go to: the same while its batches fill or are in flight, so that batches
-    /// grow; the next one when it is idle, so that a slow producer uses all partitions.
-    pub(super) fn sticky_partition(&mut self, topic: &TopicRef) -> u32 {
-        let partitions = topic.partitions.max(1);
-        let sticky = self.sticky.entry(topic.id.clone()).or_insert(0);
-        let lane = self.lanes.get(&(topic.id.clone(), *sticky % partitions));
-        if lane.is_some_and(|lane| lane.gathering.is_empty() && lane.in_flight == 0) {
-            *sticky = sticky.wrapping_add(1);
+    // ---- Records in ----
+
+    /// What is known of a topic from now on.
+    pub(super) fn learn(&mut self, topic: TopicRef) {
+        let name = topic.name.clone();
+        if self.topics.get(&name).is_some_and(|known| known.topic.id == topic.id) {
+            return;
         }
-        *sticky % partitions
+        self.forget(&name);
+        let partitions = topic.partitions.max(1);
+        // Not every producer begins with the same partition.
+        let sticky = (entropy() % u64::from(partitions)) as u32;
+        let lanes = vec![None; partitions as usize];
+        self.topics.insert(name, TopicLanes { topic, lanes, sticky });
     }
 
-    /// Encodes a record into its partition's batch. Answers its place, and whether the sender has something to do.
-    #[expect(clippy::too_many_arguments, reason = "the parts of one record")]
+    /// Encodes a record into its partition's batch: its place, and whether the sender should look. `None` when the topic is
+    /// not known yet.
     pub(super) fn push(
         &mut self,
-        topic: &TopicRef,
-        partition: u32,
-        timestamp: i64,
-        key: Option<&[u8]>,
-        value: Option<&[u8]>,
+        record: &Record,
         headers: &[(&str, Option<&[u8]>)],
+        timestamp: i64,
         permits: usize,
-    ) -> Result<(Slot, bool)> {
-        let lane = self.lanes.entry((topic.id.clone(), partition)).or_insert_with(|| Lane {
-            topic: topic.name.clone(),
-            gathering: VecDeque::new(),
-            returned: VecDeque::new(),
-            in_flight: 0,
-            draining: false,
-            not_before: None,
-            identity: None,
-        });
-        let full = |open: &Gathering| {
-            open.builder.len_bytes() + permits > self.max_batch_bytes && !open.builder.is_empty()
-        };
-        let next = lane.gathering.back().is_none_or(full);
-        if next {
-            if !lane.gathering.is_empty() && key.is_none() {
-                // The next records without a key go to the next partition.
-                let sticky = self.sticky.entry(topic.id.clone()).or_insert(0);
-                *sticky = sticky.wrapping_add(1);
+    ) -> Result<Option<(Slot, bool)>> {
+        let Some(known) = self.topics.get_mut(&record.topic) else { return Ok(None) };
+        let partitions = known.lanes.len() as u32;
+        let key = record.key.as_deref();
+        let partition = match (record.partition, key) {
+            (Some(partition), _) if partition < partitions => partition,
+            (Some(partition), _) => {
+                return Err(Error::Record(format!("topic {:?} has no partition {partition}", record.topic)));
             }
-            let capacity = self.max_batch_bytes.min(16 << 10).max(permits + 128);
-            lane.gathering.push_back(Gathering {
-                builder: BatchBuilder::with_capacity(capacity).compression(self.compression),
-                permits: 0,
-                created: Instant::now(),
-                completion: Completion::new(lane.topic.clone(), partition),
-            });
+            (None, Some(key)) => partition_for_key(key, partitions),
+            (None, None) => {
+                let lane = known.lanes[known.sticky as usize].and_then(|place| self.lanes[place].as_ref());
+                // The same while its batches fill or are in flight, so that batches grow; the next one when a batch is full
+                // or all are acknowledged, so that all partitions are used.
+                let stay = lane.is_none_or(|lane| {
+                    lane.has_room(permits, self.max_batch_bytes)
+                        || (lane.gathers_nothing() && !lane.is_empty())
+                });
+                if !stay {
+                    known.sticky = (known.sticky + 1) % partitions;
+                }
+                known.sticky
+            }
+        };
+        let place = match known.lanes[partition as usize] {
+            Some(place) => place,
+            None => {
+                let place = self.free.pop().unwrap_or_else(|| {
+                    self.lanes.push(None);
+                    self.lanes.len() - 1
+                });
+                self.lanes[place] = Some(Lane::new(known.topic.clone(), partition));
+                known.lanes[partition as usize] = Some(place);
+                place
+            }
+        };
+        let Some(lane) = self.lanes[place].as_mut() else { return Err(Error::Closed) };
+        let begin = !lane.has_room(permits, self.max_batch_bytes);
+        if begin {
+            lane.begin(permits, self.max_batch_bytes, self.compression);
         }
-        let Some(open) = lane.gathering.back_mut() else { return Err(Error::Closed) };
-        let index = open.builder.count();
-        open.builder
-            .push(timestamp, key, value, headers)
-            .map_err(|error| Error::Record(error.to_string()))?;
-        open.permits += permits;
-        self.open_records += 1;
-        let slot = Slot { completion: open.completion.clone(), index };
-        Ok((slot, lane.in_flight == 0 || next))
+        let slot = match lane.push(timestamp, key, record.value.as_deref(), headers, permits) {
+            Ok(slot) => slot,
+            Err(error) => {
+                lane.forget_empty();
+                return Err(error);
+            }
+        };
+        if begin {
+            self.make_ready(place);
+        }
+        Ok(Some((slot, begin)))
     }
 
-    /// Partitions that have something to send but no producer identity yet.
+    // ---- Identity ----
+
+    /// Whether a partition waits for a producer id that is not here yet.
     pub(super) fn needs_identity(&self) -> bool {
-        self.lanes.values().any(|lane| lane.identity.is_none() && !lane.gathering.is_empty())
+        let unfit = |lane: &Lane| self.identity.is_none_or(|identity| !lane.accepts(identity));
+        self.lanes.iter().flatten().any(|lane| lane.needs_identity() && unfit(lane))
     }
 
-    pub(super) fn give_identity(&mut self, producer_id: i64, epoch: i16) {
-        for lane in self.lanes.values_mut().filter(|lane| lane.identity.is_none()) {
-            lane.identity = Some(Identity { producer_id, epoch, next_sequence: 0 });
+    pub(super) fn set_identity(&mut self, identity: Identity) {
+        self.identity = Some(identity);
+        for place in 0..self.lanes.len() {
+            if self.lanes[place].as_ref().is_some_and(Lane::needs_identity) {
+                self.make_ready(place);
+            }
         }
     }
 
-    /// Takes what may be sent now, at most about `max_bytes` and one batch a partition. `max_in_flight` bounds the batches of
-    /// a partition; a batch that is not full waits while another one of its partition is in flight.
-    pub(super) fn take(&mut self, now: Instant, max_bytes: usize, max_in_flight: usize) -> Vec<(Key, Batch)> {
-        let mut taken = Vec::new();
+    /// No producer id can be had: what waits for one fails.
+    pub(super) fn fail_without_identity(&mut self, error: &Error) -> usize {
+        let waiting = self.lanes.iter_mut().flatten().filter(|lane| lane.needs_identity());
+        waiting.map(|lane| lane.fail_all(error)).sum()
+    }
+
+    // ---- Batches out ----
+
+    /// Takes what may be sent now in one request: about `max_bytes`, at most one batch of a partition.
+    pub(super) fn take(&mut self, now: Instant, max_bytes: usize, max_in_flight: usize) -> Vec<Sent> {
+        let mut taken: Vec<Sent> = Vec::new();
         let mut bytes = 0;
-        for (key, lane) in &mut self.lanes {
+        for _ in 0..self.ready.len() {
             if bytes >= max_bytes {
                 break;
             }
-            let waiting = lane.not_before.is_some_and(|at| at > now);
-            if lane.draining || waiting || lane.in_flight >= max_in_flight {
-                continue;
+            let Some(place) = self.ready.pop_front() else { break };
+            let Some(lane) = self.lanes[place].as_mut() else { continue };
+            lane.queued = false;
+            if let Some(identity) = self.identity
+                && lane.accepts(identity)
+            {
+                lane.give_identity(identity);
             }
-            lane.not_before = None;
-            let batch = match lane.returned.pop_front() {
-                Some(batch) => batch,
-                None if lane.in_flight == 0 || lane.gathering.len() > 1 => match lane.close() {
-                    Some(batch) => batch,
-                    None => continue,
-                },
-                None => continue,
-            };
-            lane.in_flight += 1;
-            bytes += batch.bytes.len();
-            taken.push((key.clone(), batch));
+            let alone = lane.next_is_alone();
+            if alone && !taken.is_empty() {
+                self.make_ready(place);
+                break;
+            }
+            match lane.take(now, max_in_flight) {
+                Some(outbound) => {
+                    bytes += outbound.bytes.len();
+                    taken.push(Sent { lane: place, outbound });
+                    self.make_ready(place);
+                }
+                None if lane.waits_until().is_some() => self.delayed.push(place),
+                None => {}
+            }
+            if alone && !taken.is_empty() {
+                break;
+            }
         }
         taken
     }
 
-    /// When the earliest partition that waits for its backoff may go on.
-    pub(super) fn next_attempt(&self) -> Option<Instant> {
-        let waiting =
-            self.lanes.values().filter(|lane| !lane.returned.is_empty() || !lane.gathering.is_empty());
-        waiting.filter_map(|lane| lane.not_before).min()
-    }
-
-    /// The batch was appended at `base_offset`. Answers the bytes that are free again.
-    pub(super) fn acknowledged(&mut self, key: &Key, batch: &Batch, base_offset: u64) -> usize {
-        batch.completion.complete(Ok(base_offset));
-        self.open_records -= batch.records as usize;
-        self.came_back(key);
-        batch.permits
-    }
-
-    /// The batch failed for good. Its sequence number is not used again, so the partition goes on under a new identity; what
-    /// was sent of it and has no answer may have been appended and cannot be sent under another one: it fails as well.
-    pub(super) fn failed(&mut self, key: &Key, batch: &Batch, error: &Error) -> usize {
-        batch.completion.complete(Err(error.clone()));
-        self.open_records -= batch.records as usize;
-        let mut permits = batch.permits;
-        if let Some(lane) = self.lanes.get_mut(key) {
-            lane.draining = true;
-            lane.identity = None;
-            for batch in lane.returned.drain(..) {
-                batch.completion.complete(Err(error.clone()));
-                self.open_records -= batch.records as usize;
-                permits += batch.permits;
+    /// Puts lanes whose pause is over into the list again.
+    pub(super) fn wake_delayed(&mut self, now: Instant) {
+        let mut place = 0;
+        while place < self.delayed.len() {
+            let lane = self.lanes[self.delayed[place]].as_ref();
+            if lane.and_then(Lane::waits_until).is_some_and(|at| at > now) {
+                place += 1;
+            } else {
+                let lane = self.delayed.swap_remove(place);
+                self.make_ready(lane);
             }
         }
-        self.came_back(key);
+    }
+
+    /// When the first pause is over.
+    pub(super) fn next_attempt(&self) -> Option<Instant> {
+        let lanes = self.delayed.iter().filter_map(|place| self.lanes[*place].as_ref());
+        lanes.filter_map(Lane::waits_until).min()
+    }
+
+    /// Acts on an answer; returns the buffer's bytes that are free again.
+    pub(super) fn answered(&mut self, place: usize, act: impl FnOnce(&mut Lane) -> usize) -> usize {
+        let Some(lane) = self.lanes[place].as_mut() else { return 0 };
+        let permits = act(lane);
+        let done = lane.retired && lane.is_empty();
+        if done {
+            self.drop_lane(place);
+        } else {
+            self.make_ready(place);
+        }
         permits
     }
 
-    /// The batch is to be sent again, not before `at`.
-    pub(super) fn returned(&mut self, key: &Key, batch: Batch, at: Instant) {
-        if let Some(lane) = self.lanes.get_mut(key) {
-            lane.draining = true;
-            lane.not_before = Some(lane.not_before.map_or(at, |before| before.max(at)));
-            let place = lane.returned.iter().position(|other| batch.sequence < other.sequence);
-            lane.returned.insert(place.unwrap_or(lane.returned.len()), batch);
+    /// Topic id and partition of a lane.
+    pub(super) fn target(&self, place: usize) -> Option<(Bytes, u32)> {
+        self.lanes[place].as_ref().map(|lane| (lane.topic.id.clone(), lane.partition))
+    }
+
+    /// The topic is gone: its next record asks for it anew.
+    pub(super) fn gone(&mut self, place: usize) {
+        if let Some(lane) = &self.lanes[place] {
+            let name = lane.topic.name.clone();
+            self.forget(&name);
         }
-        self.came_back(key);
     }
 
-    /// Whether an earlier batch of the partition is waiting to be sent again, so that this one was refused for the gap.
-    pub(super) fn follows_returned(&self, key: &Key, batch: &Batch) -> bool {
-        self.lanes
-            .get(key)
-            .is_some_and(|lane| lane.returned.iter().any(|other| other.sequence < batch.sequence))
-    }
-
-    fn came_back(&mut self, key: &Key) {
-        if let Some(lane) = self.lanes.get_mut(key) {
-            lane.in_flight -= 1;
-            if lane.in_flight == 0 {
-                lane.draining = false;
+    fn forget(&mut self, name: &Arc<str>) {
+        let Some(known) = self.topics.remove(name) else { return };
+        for place in known.lanes.into_iter().flatten() {
+            match self.lanes[place].as_mut() {
+                Some(lane) if lane.is_empty() => self.drop_lane(place),
+                Some(lane) => lane.retired = true,
+                None => {}
             }
         }
+    }
+
+    fn drop_lane(&mut self, place: usize) {
+        self.lanes[place] = None;
+        self.ready.retain(|ready| *ready != place);
+        self.delayed.retain(|delayed| *delayed != place);
+        self.free.push(place);
+    }
+
+    /// Fails what is older than `timeout`; returns the buffer's bytes that are free again.
+    pub(super) fn expire(&mut self, now: Instant, timeout: Duration) -> usize {
+        let mut permits = 0;
+        for place in 0..self.lanes.len() {
+            if self.lanes[place].as_ref().is_some_and(|lane| !lane.is_empty()) {
+                permits += self.answered(place, |lane| lane.expire(now, timeout));
+            }
+        }
+        permits
     }
 
     pub(super) fn fail_all(&mut self, error: &Error) {
-        for lane in std::mem::take(&mut self.lanes).into_values() {
-            for open in lane.gathering {
-                open.completion.complete(Err(error.clone()));
-            }
-            for batch in lane.returned {
-                batch.completion.complete(Err(error.clone()));
-            }
+        for lane in self.lanes.iter_mut().flatten() {
+            // The buffer ends with the producer.
+            let _bytes = lane.fail_all(error);
         }
-        self.open_records = 0;
     }
-}
 
-impl Lane {
-    fn close(&mut self) -> Option<Batch> {
-        let identity = self.identity.as_mut()?;
-        let open = self.gathering.pop_front()?;
-        let records = open.builder.count();
-        let sequence = identity.next_sequence;
-        let next = (i64::from(sequence) + i64::from(records)) & i64::from(i32::MAX);
-        identity.next_sequence = i32::try_from(next).unwrap_or(0);
-        let bytes = open.builder.producer(identity.producer_id, identity.epoch, sequence).finish().freeze();
-        let (permits, created, completion) = (open.permits, open.created, open.completion);
-        Some(Batch { bytes, sequence, records, permits, created, completion })
+    /// Who waits for what is here now.
+    pub(super) fn completions(&self) -> Vec<Arc<Completion>> {
+        self.lanes.iter().flatten().flat_map(Lane::completions).collect()
+    }
+
+    fn make_ready(&mut self, place: usize) {
+        if let Some(lane) = self.lanes[place].as_mut()
+            && !lane.queued
+        {
+            lane.queued = true;
+            self.ready.push_back(place);
+        }
     }
 }

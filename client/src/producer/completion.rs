@@ -21,8 +21,8 @@ pub(super) struct Completion {
 #[derive(Debug, Default)]
 struct State {
     outcome: Option<Result<u64>>,
-    /// One per record that is being awaited.
-    wakers: Vec<(u32, Waker)>,
+    /// One per future that waits, at the place that it remembers.
+    wakers: Vec<Waker>,
 }
 
 impl Completion {
@@ -39,9 +39,30 @@ impl Completion {
             state.outcome = Some(outcome);
             std::mem::take(&mut state.wakers)
         };
-        for (_, waker) in wakers {
-            waker.wake();
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// The outcome, or `None` after noting whom to wake. `place` is the caller's own, `None` at first.
+    fn poll(&self, place: &mut Option<usize>, context: &Context<'_>) -> Poll<Result<u64>> {
+        let mut state = self.state.lock();
+        if let Some(outcome) = &state.outcome {
+            return Poll::Ready(outcome.clone());
         }
+        match *place {
+            Some(place) => state.wakers[place].clone_from(context.waker()),
+            None => {
+                *place = Some(state.wakers.len());
+                state.wakers.push(context.waker().clone());
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Waits until the batch is acknowledged or has failed.
+    pub(super) async fn ended(&self) {
+        let mut place = None;
+        // The outcome is for those who wait for their records.
+        let _outcome = std::future::poll_fn(|context| self.poll(&mut place, context)).await;
     }
 }
 
@@ -60,7 +81,7 @@ pub(super) struct Slot {
 
 impl Slot {
     pub(super) fn into_pending(self, level: Level, timestamp: i64) -> PendingAck {
-        PendingAck { completion: self.completion, index: self.index, level, timestamp }
+        PendingAck { completion: self.completion, index: self.index, level, timestamp, place: None }
     }
 }
 
@@ -72,29 +93,21 @@ pub struct PendingAck {
     index: u32,
     level: Level,
     timestamp: i64,
+    /// Of its waker, once it waits.
+    place: Option<usize>,
 }
 
 impl Future for PendingAck {
     type Output = Result<Ack>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut state = self.completion.state.lock();
-        match &state.outcome {
-            Some(Ok(base_offset)) => Poll::Ready(Ok(Ack {
-                topic: self.completion.topic.clone(),
-                partition: self.completion.partition,
-                offset: base_offset + u64::from(self.index),
-                timestamp: self.timestamp,
-                level: self.level,
-            })),
-            Some(Err(error)) => Poll::Ready(Err(error.clone())),
-            None => {
-                match state.wakers.iter_mut().find(|(index, _)| *index == self.index) {
-                    Some((_, waker)) => waker.clone_from(context.waker()),
-                    None => state.wakers.push((self.index, context.waker().clone())),
-                }
-                Poll::Pending
-            }
-        }
+        let this = self.get_mut();
+        this.completion.poll(&mut this.place, context).map_ok(|base_offset| Ack {
+            topic: this.completion.topic.clone(),
+            partition: this.completion.partition,
+            offset: base_offset + u64::from(this.index),
+            timestamp: this.timestamp,
+            level: this.level,
+        })
     }
 }

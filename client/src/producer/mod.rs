@@ -2,25 +2,31 @@
 //!
 //! A record is encoded into its partition's open batch at once. Batches are sent as soon as nothing of their partition is in
 //! flight; what comes meanwhile gathers. After a lost connection or a retryable refusal the batches are sent again in their
-//! order with their old sequence numbers, and the broker appends each once.
+//! order with their old sequence numbers, and the broker appends each once ([`lane`] has the rules).
 
 mod accumulator;
 mod completion;
+mod lane;
 mod sender;
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use felucca_protocol::batch::{Compression, record_size};
-use felucca_protocol::partitioner::partition_for_key;
+use felucca_protocol::batch::{Compression, HEADER_LEN, record_size};
+use felucca_protocol::message;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
 
-use crate::client::{Client, TopicRef};
+use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::record::{Record, now_ms};
 use accumulator::Accumulator;
 pub use completion::PendingAck;
+use sender::Sender;
 
 /// How durable a record is to be before it is acknowledged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -90,7 +96,7 @@ impl ProducerBuilder {
         self
     }
 
-    /// Batches of one partition in flight, 1 to 5; default 5.
+    /// Requests in flight, and batches of one partition in flight; 1 to 5, default 5.
     #[must_use]
     pub fn max_in_flight(mut self, batches: usize) -> Self {
         self.settings.max_in_flight = batches.clamp(1, MAX_IN_FLIGHT);
@@ -100,7 +106,7 @@ impl ProducerBuilder {
     /// Bytes of records that are not acknowledged yet; default 32 MiB. At the bound `enqueue` waits.
     #[must_use]
     pub fn buffer_bytes(mut self, bytes: usize) -> Self {
-        self.settings.buffer_bytes = bytes.min(Semaphore::MAX_PERMITS >> 1);
+        self.settings.buffer_bytes = bytes.clamp(1, u32::MAX as usize >> 1);
         self
     }
 
@@ -124,20 +130,18 @@ impl ProducerBuilder {
     /// No connection within the request timeout.
     pub async fn build(self) -> Result<Producer> {
         let session = self.client.link.connected(self.client.link.request_timeout()).await?;
+        let accumulator = Accumulator::new(self.settings.max_batch_bytes, self.settings.compression);
         let shared = Arc::new(Shared {
-            buffer: Arc::new(Semaphore::new(self.settings.buffer_bytes)),
-            accumulator: Mutex::new(Accumulator::new(
-                self.settings.max_batch_bytes,
-                self.settings.compression,
-            )),
+            buffer: Semaphore::new(self.settings.buffer_bytes),
+            accumulator: Mutex::new(accumulator),
             work: Notify::new(),
-            idle: Notify::new(),
+            max_record_bytes: AtomicUsize::new(0),
+            max_batch_bytes: AtomicUsize::new(0),
             settings: self.settings,
         });
-        let sender = tokio::spawn(sender::run(self.client.clone(), shared.clone()));
-        let handle = Handle { shared, sender };
-        let max_record_bytes = session.welcome.max_record_bytes as usize;
-        Ok(Producer { client: self.client, handle: Arc::new(handle), max_record_bytes })
+        shared.learn_limits(&session.welcome);
+        let sender = tokio::spawn(Sender::new(self.client.clone(), shared.clone()).run());
+        Ok(Producer { client: self.client, handle: Arc::new(Handle { shared, sender }) })
     }
 }
 
@@ -146,12 +150,42 @@ impl ProducerBuilder {
 struct Shared {
     settings: Settings,
     /// Bytes that may still be enqueued.
-    buffer: Arc<Semaphore>,
+    buffer: Semaphore,
     accumulator: Mutex<Accumulator>,
     /// There may be something to send.
     work: Notify,
-    /// Nothing is left to be acknowledged.
-    idle: Notify,
+    /// The broker's limits.
+    max_record_bytes: AtomicUsize,
+    max_batch_bytes: AtomicUsize,
+}
+
+impl Shared {
+    /// A broker that was restarted may have other limits.
+    fn learn_limits(&self, welcome: &message::Welcome) {
+        self.max_record_bytes.store(welcome.max_record_bytes as usize, Ordering::Relaxed);
+        let max_batch_bytes = welcome.max_batch_bytes as usize;
+        if self.max_batch_bytes.swap(max_batch_bytes, Ordering::Relaxed) != max_batch_bytes {
+            let bytes = self.settings.max_batch_bytes.min(max_batch_bytes);
+            self.accumulator.lock().set_max_batch_bytes(bytes);
+        }
+    }
+
+    /// Refuses a record that the broker would refuse.
+    fn check_size(&self, content: usize, encoded: usize) -> Result<()> {
+        let limit = self.max_record_bytes.load(Ordering::Relaxed);
+        if content > limit {
+            let why = format!("{content} bytes are over the broker's limit of {limit} bytes");
+            return Err(Error::Record(why));
+        }
+        let limit = self.max_batch_bytes.load(Ordering::Relaxed);
+        if encoded + HEADER_LEN > limit {
+            let why = format!(
+                "{encoded} bytes do not fit into a batch, for which the broker's limit is {limit} bytes"
+            );
+            return Err(Error::Record(why));
+        }
+        Ok(())
+    }
 }
 
 /// Ends the sender with the last clone.
@@ -170,15 +204,32 @@ impl Drop for Handle {
 
 /// Sends records. Cheap to clone; all clones share buffer and order. Records that are not acknowledged when the last clone
 /// is dropped fail with [`Error::Closed`]: `flush` first.
+///
+/// ```no_run
+/// use felucca_client::{Client, Record, Result};
+///
+/// # async fn example(client: Client) -> Result<()> {
+/// let producer = client.producer().build().await?;
+/// let mut pending = Vec::new();
+/// for line in ["first", "second", "third"] {
+///     // Waits for room in the buffer only.
+///     pending.push(producer.enqueue(Record::new("lines", line).key("file-1")).await?);
+/// }
+/// for ack in pending {
+///     println!("at offset {}", ack.await?.offset);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Producer {
     client: Client,
     handle: Arc<Handle>,
-    max_record_bytes: usize,
 }
 
 impl Producer {
-    /// Sends a record and waits for its acknowledgement. When the future is dropped the record may still be sent.
+    /// Sends a record and waits for its acknowledgement, at most for the delivery timeout once there was room for it. When the
+    /// future is dropped the record may still be sent.
     ///
     /// # Errors
     /// As [`Producer::enqueue`], or why the broker did not take it.
@@ -186,78 +237,52 @@ impl Producer {
         self.enqueue(record).await?.await
     }
 
-    /// Puts a record into the buffer, waiting for room only. Records of one caller keep their order in each partition. The
-    /// record is sent whether or not the [`PendingAck`] is awaited. When the future is dropped the record is not enqueued.
+    /// Puts a record into the buffer, waiting for room only: at most for the delivery timeout, by which what is in the buffer
+    /// has been acknowledged or has failed. Records of one caller keep their order in each partition. The record is sent
+    /// whether or not the [`PendingAck`] is awaited. Cancellation safe: when the future is dropped the record is not sent.
     ///
     /// # Errors
-    /// The topic is unknown, or the record over the broker's limit.
+    /// The topic or partition is unknown, or the record over the broker's limit, which the error names.
     pub async fn enqueue(&self, record: Record) -> Result<PendingAck> {
-        let content = record.content_bytes();
-        if content > self.max_record_bytes {
-            let limit = self.max_record_bytes;
-            return Err(Error::Record(format!(
-                "{content} bytes are over the broker's limit of {limit} bytes"
-            )));
-        }
-        let topic = match self.client.known_topic(&record.topic) {
-            Some(topic) => topic,
-            None => self.client.topic(&record.topic).await?,
-        };
         let shared = &self.handle.shared;
         let headers = record.header_slices();
         let size = record_size(record.key.as_deref(), record.value.as_deref(), &headers);
+        shared.check_size(record.content_bytes(), size)?;
+        // Fits into 32 bits, as the buffer does.
         let permits = size.min(shared.settings.buffer_bytes);
-        let room = shared.buffer.acquire_many(u32::try_from(permits).unwrap_or(u32::MAX)).await;
-        room.map_err(|_| Error::Closed)?.forget();
-        let timestamp = record.timestamp.unwrap_or_else(now_ms);
-        let pushed = {
-            let mut accumulator = shared.accumulator.lock();
-            choose_partition(&record, &topic, &mut accumulator).and_then(|partition| {
-                let (key, value) = (record.key.as_deref(), record.value.as_deref());
-                accumulator.push(&topic, partition, timestamp, key, value, &headers, permits)
-            })
+        let room = match shared.buffer.try_acquire_many(permits as u32) {
+            Ok(room) => room,
+            Err(_) => shared.buffer.acquire_many(permits as u32).await.map_err(|_| Error::Closed)?,
         };
-        match pushed {
-            Ok((ack, wake)) => {
-                if wake {
+        let timestamp = record.timestamp.unwrap_or_else(now_ms);
+        loop {
+            let pushed = shared.accumulator.lock().push(&record, &headers, timestamp, permits)?;
+            if let Some((slot, look)) = pushed {
+                room.forget();
+                if look {
                     shared.work.notify_one();
                 }
-                Ok(ack.into_pending(shared.settings.level, timestamp))
+                return Ok(slot.into_pending(shared.settings.level, timestamp));
             }
-            Err(error) => {
-                shared.buffer.add_permits(permits);
-                Err(error)
-            }
+            let topic = self.client.topic(&record.topic).await?;
+            shared.accumulator.lock().learn(topic);
         }
     }
 
-    /// Waits until everything enqueued so far is acknowledged or has failed. Cancellation safe.
+    /// Waits until everything enqueued before is acknowledged or has failed. Cancellation safe.
     ///
     /// # Errors
-    /// [`Error::Timeout`] when it takes longer than the delivery timeout.
+    /// [`Error::Timeout`] when it takes longer than the delivery timeout. A record that failed is no error here: its
+    /// [`PendingAck`] says so.
     pub async fn flush(&self) -> Result<()> {
         let shared = &self.handle.shared;
+        let waiting = shared.accumulator.lock().completions();
         let flushed = async {
-            loop {
-                let idle = shared.idle.notified();
-                if shared.accumulator.lock().is_empty() {
-                    return;
-                }
-                idle.await;
+            for completion in waiting {
+                completion.ended().await;
             }
         };
-        let patience = shared.settings.delivery_timeout + Duration::from_secs(1);
+        let patience = shared.settings.delivery_timeout + Duration::from_secs(2);
         tokio::time::timeout(patience, flushed).await.map_err(|_| Error::Timeout("flushing"))
-    }
-}
-
-fn choose_partition(record: &Record, topic: &TopicRef, accumulator: &mut Accumulator) -> Result<u32> {
-    match (record.partition, &record.key) {
-        (Some(partition), _) if partition < topic.partitions => Ok(partition),
-        (Some(partition), _) => {
-            Err(Error::Record(format!("topic {:?} has no partition {partition}", &*topic.name)))
-        }
-        (None, Some(key)) => Ok(partition_for_key(key, topic.partitions)),
-        (None, None) => Ok(accumulator.sticky_partition(topic)),
     }
 }

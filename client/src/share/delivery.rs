@@ -5,11 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use felucca_protocol::message::{self, Outcome, RecordState, SettleStatus, Settlement, SettlementDetail};
+use felucca_protocol::message::{self, Outcome, RecordState, SettleStatus, SettlementDetail};
 
+use super::complete::complete;
 use super::settler::{Settler, Waiting};
 use crate::error::Result;
 use crate::record::{ConsumedRecord, Record};
+
+/// What the broker keeps of each; the rest need not be sent.
+const MAX_CLASS_BYTES: usize = 128;
+const MAX_REASON_BYTES: usize = 1024;
+const MAX_DETAIL_BYTES: usize = 8192;
 
 /// The name of a lease. A settlement under it can never touch a later delivery of the record.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -22,7 +28,7 @@ pub struct Lease {
 }
 
 impl Lease {
-    pub(crate) fn to_message(&self) -> message::LeaseRef {
+    pub(super) fn to_message(&self) -> message::LeaseRef {
         message::LeaseRef {
             topic_id: self.topic_id.clone(),
             partition: self.partition,
@@ -38,9 +44,11 @@ impl Lease {
 pub struct Nack {
     /// Instead of the group's backoff.
     pub delay: Option<Duration>,
-    /// A name for this kind of error; the group's settings can make classes final.
+    /// A name for this kind of error; the group's settings can make classes final. At most 128 bytes are kept.
     pub class: String,
+    /// One line, of which 1 KiB is kept.
     pub reason: String,
+    /// More, of which 8 KiB are kept.
     pub detail: String,
     /// Whether it counts as a failure.
     pub counted: bool,
@@ -58,12 +66,42 @@ impl Default for Nack {
     }
 }
 
+impl Nack {
+    pub(super) fn into_detail(self) -> SettlementDetail {
+        SettlementDetail {
+            delay_ms: self.delay.map(milliseconds),
+            not_counted: !self.counted,
+            ..described(self.class, self.reason, self.detail)
+        }
+    }
+}
+
 /// Never try again.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reject {
+    /// A name for this kind of error. At most 128 bytes are kept.
     pub class: String,
+    /// One line, of which 1 KiB is kept.
     pub reason: String,
+    /// More, of which 8 KiB are kept.
     pub detail: String,
+}
+
+impl Reject {
+    pub(super) fn into_detail(self) -> SettlementDetail {
+        described(self.class, self.reason, self.detail)
+    }
+}
+
+fn described(mut class: String, mut reason: String, mut detail: String) -> SettlementDetail {
+    class.truncate(class.floor_char_boundary(MAX_CLASS_BYTES));
+    reason.truncate(reason.floor_char_boundary(MAX_REASON_BYTES));
+    detail.truncate(detail.floor_char_boundary(MAX_DETAIL_BYTES));
+    SettlementDetail { class, reason, detail, ..SettlementDetail::default() }
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// What the broker answered to a settlement.
@@ -77,22 +115,39 @@ pub struct SettleResult {
 }
 
 impl SettleResult {
-    pub(crate) fn from_message(result: &message::SettleResult) -> Self {
+    pub(super) fn from_message(result: &message::SettleResult) -> Self {
         let state = Some(result.state()).filter(|state| *state != RecordState::Unspecified);
         Self { status: result.status(), state, remaining: Duration::from_millis(result.remaining_ms) }
     }
 
-    /// Whether the settlement holds: carried out now, before, or late but in time.
+    /// Whether the settlement holds: carried out now, before, or late but in time. Otherwise the lease had ended (`Stale`,
+    /// `Gone`, `Fenced`), or the record was settled otherwise.
     pub fn is_done(&self) -> bool {
         matches!(self.status, SettleStatus::Ok | SettleStatus::Duplicate | SettleStatus::Late)
     }
 }
 
-/// A leased record. Each settling call waits for the broker's answer, over reconnects too; when its future is dropped the
-/// settlement may still be carried out. A delivery dropped unsettled is released.
+/// A leased record. Each settling call waits for the broker's answer, over reconnects too, at most for two minutes; when its
+/// future is dropped the settlement may still be carried out. A delivery dropped unsettled is released.
+///
+/// ```no_run
+/// use felucca_client::{Client, Nack, Result};
+///
+/// # fn charge(_: Option<&[u8]>) -> std::result::Result<(), String> { Ok(()) }
+/// # async fn example(client: Client) -> Result<()> {
+/// let mut member = client.share_consumer("payment").build().await?;
+/// let delivery = member.next().await?;
+/// let settled = match charge(delivery.value.as_deref()) {
+///     Ok(()) => delivery.ack().await?,
+///     Err(reason) => delivery.nack(Nack { reason, ..Nack::default() }).await?,
+/// };
+/// assert!(settled.is_done());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Delivery {
-    pub(crate) record: ConsumedRecord,
+    pub(super) record: ConsumedRecord,
     pub lease: Lease,
     /// How often the record was handed out, this time included.
     pub delivery_count: u32,
@@ -100,8 +155,9 @@ pub struct Delivery {
     pub failure_count: u32,
     /// The lease's whole time as granted.
     pub lease_duration: Duration,
-    pub(crate) settler: Arc<Settler>,
-    pub(crate) settled: bool,
+    pub(super) settler: Arc<Settler>,
+    /// Nothing is to be done when it is dropped: it was settled, or a worker settles it.
+    pub(super) settled: bool,
 }
 
 impl Deref for Delivery {
@@ -112,39 +168,34 @@ impl Deref for Delivery {
     }
 }
 
-pub(crate) fn settlement(lease: &Lease, outcome: Outcome, detail: Option<SettlementDetail>) -> Settlement {
-    Settlement { offset: lease.offset, sequence: lease.sequence, outcome: outcome.into(), detail }
-}
-
 impl Delivery {
-    /// The record without its lease: it is released.
+    /// The record.
     pub fn record(&self) -> &ConsumedRecord {
         &self.record
     }
 
-    /// Another handle on the same lease. Neither releases it when dropped: a worker settles it, or its lease runs out.
-    pub(crate) fn hand_over(&mut self) -> Self {
-        self.settled = true;
-        Self {
-            record: self.record.clone(),
-            lease: self.lease.clone(),
-            delivery_count: self.delivery_count,
-            failure_count: self.failure_count,
-            lease_duration: self.lease_duration,
-            settler: self.settler.clone(),
-            settled: true,
-        }
+    /// Whether the lease is known to have ended, or to be settled: what is still done for this record may be done by another
+    /// member as well.
+    pub fn lease_is_lost(&self) -> bool {
+        !self.settler.core.leases.is_held(&self.lease)
+    }
+
+    /// Returns when [`Delivery::lease_is_lost`]; within [`ShareConsumer::run`](crate::ShareConsumer::run), where leases are
+    /// extended, that is what a long handler may watch to stop in time. Cancellation safe.
+    pub async fn lease_lost(&self) {
+        self.settler.core.leases.gone(&self.lease).await;
     }
 
     fn settle(&mut self, outcome: Outcome, detail: Option<SettlementDetail>) -> Waiting {
         self.settled = true;
-        self.settler.settle(self.lease.clone(), settlement(&self.lease, outcome, detail))
+        self.settler.settle(&self.lease, outcome, detail)
     }
 
     /// Done: the record is not handed out to this group again.
     ///
     /// # Errors
-    /// The outcome is unknown: the client was closed, or no answer came in time.
+    /// The outcome is unknown: the client was closed, or no answer came in time. That the lease had ended is no error but a
+    /// status.
     pub async fn ack(mut self) -> Result<SettleResult> {
         self.settle(Outcome::Ack, None).result().await
     }
@@ -154,14 +205,7 @@ impl Delivery {
     /// # Errors
     /// As [`Delivery::ack`].
     pub async fn nack(mut self, nack: Nack) -> Result<SettleResult> {
-        let detail = SettlementDetail {
-            delay_ms: nack.delay.map(|delay| u64::try_from(delay.as_millis()).unwrap_or(u64::MAX)),
-            class: nack.class,
-            reason: nack.reason,
-            detail: nack.detail,
-            not_counted: !nack.counted,
-        };
-        self.settle(Outcome::Nack, Some(detail)).result().await
+        self.settle(Outcome::Nack, Some(nack.into_detail())).result().await
     }
 
     /// Failed for good: to the dead-letter topic, or what the group's settings say.
@@ -169,9 +213,7 @@ impl Delivery {
     /// # Errors
     /// As [`Delivery::ack`].
     pub async fn reject(mut self, reject: Reject) -> Result<SettleResult> {
-        let Reject { class, reason, detail } = reject;
-        let detail = SettlementDetail { class, reason, detail, ..SettlementDetail::default() };
-        self.settle(Outcome::Reject, Some(detail)).result().await
+        self.settle(Outcome::Reject, Some(reject.into_detail())).result().await
     }
 
     /// Not started: available again at once, without a failure.
@@ -187,21 +229,17 @@ impl Delivery {
     /// # Errors
     /// As [`Delivery::ack`].
     pub async fn extend(&self, remaining: Duration) -> Result<SettleResult> {
-        let delay_ms = Some(u64::try_from(remaining.as_millis()).unwrap_or(u64::MAX));
-        let detail = SettlementDetail { delay_ms, ..SettlementDetail::default() };
-        self.settler
-            .settle(self.lease.clone(), settlement(&self.lease, Outcome::Extend, Some(detail)))
-            .result()
-            .await
+        let detail =
+            SettlementDetail { delay_ms: Some(milliseconds(remaining)), ..SettlementDetail::default() };
+        self.settler.settle(&self.lease, Outcome::Extend, Some(detail)).result().await
     }
 
-    /// Acknowledges the record and appends the outputs, both or neither.
+    /// Acknowledges the record and appends the outputs, both or neither. Outputs with a key go to the key's partition.
     ///
     /// # Errors
-    /// As [`Delivery::ack`], or an output cannot be sent as it is.
+    /// As [`Delivery::ack`], or an output cannot be sent as it is; the record is then released.
     pub async fn complete(mut self, outputs: Vec<Record>) -> Result<SettleResult> {
-        let settler = self.settler.clone();
-        let result = settler.complete(&self.lease, &outputs).await?;
+        let result = complete(&self.settler.core, &self.lease, &outputs).await?;
         self.settled = true;
         Ok(result)
     }

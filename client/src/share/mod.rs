@@ -1,23 +1,31 @@
 //! The share consumer: works through records one by one, together with the other members of its share group.
 //!
-//! [`task`] keeps the subscription over reconnects and turns pushes into [`Delivery`] values; [`settler`] gathers
-//! settlements while one request is in flight and repeats them over reconnects, so that each record has its own outcome;
-//! [`worker`] runs a handler with bounded concurrency and extends leases while it runs.
+//! [`task`] keeps the subscription over reconnects, turns pushes into [`Delivery`] values and extends leases; [`leases`]
+//! knows what is held and what credit follows; [`settler`] gathers settlements while one request is in flight and repeats
+//! them over reconnects, so that each record has its own outcome; [`complete`] acknowledges with outputs; [`worker`] runs a
+//! handler with bounded concurrency.
 
+mod complete;
 mod delivery;
+mod leases;
 mod settler;
 mod task;
 mod worker;
+
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use crate::client::Client;
 use crate::error::{Error, Result};
 pub use delivery::{Delivery, Lease, Nack, Reject, SettleResult};
 use settler::Settler;
+use task::Task;
 pub use worker::{Outcome, WorkerReport};
 
 pub use felucca_protocol::message::{RecordState, SettleStatus};
@@ -88,7 +96,7 @@ impl ShareConsumerBuilder {
         self
     }
 
-    /// Joins the group.
+    /// Joins the group. When the future is dropped the member may have joined; it leaves by itself.
     ///
     /// # Errors
     /// The group is unknown or no share group, or the broker cannot be reached within the request timeout.
@@ -96,41 +104,56 @@ impl ShareConsumerBuilder {
         let concurrency = u32::try_from(self.settings.concurrency).unwrap_or(u32::MAX);
         self.settings.prefetch = self.settings.prefetch.max(concurrency);
         let (group, member_id) = (self.settings.group.clone(), self.settings.member_id.clone());
-        let settler = Settler::start(self.client.clone(), group, member_id);
+        let settler = Settler::start(self.client, group, member_id);
+        // Bounded by the prefetch.
         let (sender, deliveries) = mpsc::unbounded_channel();
-        let mut task = task::Task::new(self.client.clone(), self.settings.clone(), settler.clone(), sender);
+        let mut task = Task::new(&settler, self.settings.clone(), sender);
         task.subscribe().await?;
         let task = tokio::spawn(task.run());
-        Ok(ShareConsumer { settings: self.settings, settler, deliveries, _task: Arc::new(AbortOnDrop(task)) })
+        Ok(ShareConsumer { settings: self.settings, settler, deliveries, task })
     }
 }
 
-#[derive(Debug)]
-struct AbortOnDrop(tokio::task::JoinHandle<()>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-/// A member of a share group. See the [module](crate::share).
+/// A member of a share group. Dropping it releases what was not handed out; it leaves when the last delivery is settled.
+///
+/// ```no_run
+/// use felucca_client::{Client, Delivery, Outcome, Result};
+///
+/// # async fn send_mail(_: &[u8]) -> std::io::Result<()> { Ok(()) }
+/// # async fn example(client: Client) -> Result<()> {
+/// let member = client.share_consumer("email").concurrency(8).build().await?;
+/// let handler = |delivery: Delivery| async move {
+///     match delivery.value.as_deref() {
+///         None => Outcome::reject("empty", "an order without content"),
+///         Some(order) => match send_mail(order).await {
+///             Ok(()) => Outcome::Ack,
+///             Err(error) => Outcome::nack(error.to_string()),
+///         },
+///     }
+/// };
+/// let report = member.run(handler, async { tokio::signal::ctrl_c().await.unwrap_or(()) }).await?;
+/// println!("{} sent, {} to be tried again", report.acked, report.nacked);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct ShareConsumer {
     settings: Settings,
     settler: Arc<Settler>,
     deliveries: mpsc::UnboundedReceiver<Result<Delivery>>,
-    _task: Arc<AbortOnDrop>,
+    task: JoinHandle<()>,
 }
 
 impl ShareConsumer {
-    /// The next leased record. Settle it before its lease ends, or extend it; dropping it unsettled releases it. Cancellation
-    /// safe.
+    /// The next leased record. Settle it before its lease ends, or extend it; dropping it unsettled releases it. Until it is
+    /// returned here its lease is extended by itself. Waits as long as there is none. Cancellation safe.
     ///
     /// # Errors
-    /// The group was deleted, or the broker refuses it; not for lost connections, which are resumed.
+    /// The group was deleted, or the broker refuses this member; not for lost connections, which are resumed.
     pub async fn next(&mut self) -> Result<Delivery> {
-        self.deliveries.recv().await.unwrap_or(Err(Error::Closed))
+        let delivery = self.deliveries.recv().await.unwrap_or(Err(Error::Closed))?;
+        self.settler.core.leases.hand_out(&delivery.lease);
+        Ok(delivery)
     }
 
     /// This member's name in the group.

@@ -1,18 +1,27 @@
 //! Runs a handler over the records of a share group.
 
+use std::any::Any;
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use felucca_protocol::ErrorCode;
+use felucca_protocol::message::Outcome as Settle;
+use futures::FutureExt;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::ShareConsumer;
-use super::delivery::{Delivery, Nack, Reject, settlement};
-use crate::error::Result;
+use super::complete::complete;
+use super::delivery::{Delivery, Lease, Nack, Reject, SettleResult};
+use super::settler::Settler;
+use crate::error::{Error, Result};
 use crate::record::Record;
-use felucca_protocol::message::{Outcome as Settle, SettlementDetail};
+
+/// How long `run` waits in the end until the broker knows that this member is gone.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 /// What became of a record in a handler.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,7 +34,8 @@ pub enum Outcome {
     Reject(Reject),
     /// Not started.
     Release,
-    /// Done, and these records are appended with the acknowledgement, both or neither.
+    /// Done, and these records are appended with the acknowledgement, both or neither. Outputs with a key go to the key's
+    /// partition.
     Complete(Vec<Record>),
 }
 
@@ -62,13 +72,18 @@ struct Counts {
 }
 
 impl ShareConsumer {
-    /// Runs the handler for each record, up to the set concurrency at a time, until `shutdown` is ready. Leases are extended
-    /// at half of their time while a handler runs. A handler that panics is a nack. After `shutdown` nothing new is started,
-    /// what was not started is released, and running handlers have the drain timeout; what still runs then is aborted and its
-    /// leases run out.
+    /// Runs the handler for each record, up to the set concurrency at a time, until `shutdown` is ready.
+    ///
+    /// Leases are extended at half of their time, of queued records too; a handler whose lease is lost all the same learns it
+    /// from [`Delivery::lease_lost`], and its outcome counts as `lost`. A handler that panics is a nack of class `panic`.
+    /// Outputs of [`Outcome::Complete`] that can never be appended are a reject of class `invalid-output`.
+    ///
+    /// After `shutdown` nothing new is started, what was not started is released, and running handlers have the drain timeout;
+    /// what still runs then is aborted, a nack of class `shutdown`. When the future is dropped, handlers are aborted in the
+    /// same way at once.
     ///
     /// # Errors
-    /// The group was deleted, or the broker refuses it; not for lost connections, which are resumed.
+    /// The group was deleted, or the broker refuses this member; not for lost connections, which are resumed.
     pub async fn run<H, F>(mut self, handler: H, shutdown: impl Future<Output = ()>) -> Result<WorkerReport>
     where
         H: Fn(Delivery) -> F,
@@ -84,28 +99,27 @@ impl ShareConsumer {
                 () = &mut shutdown => break Ok(()),
                 Some(_) = running.join_next(), if !running.is_empty() => {}
                 delivery = self.deliveries.recv(), if room => match delivery {
-                    Some(Ok(mut delivery)) => {
-                        let held = delivery.hand_over();
-                        running.spawn(handle(held, handler(delivery), counts.clone()));
-                    }
+                    Some(Ok(delivery)) => start(delivery, &handler, &counts, &mut running),
                     Some(Err(error)) => break Err(error),
-                    None => break Err(crate::error::Error::Closed),
+                    None => break Err(Error::Closed),
                 },
             }
         };
-        // Dropping what was queued releases it.
-        self.deliveries.close();
-        while self.deliveries.try_recv().is_ok() {
-            counts.released.fetch_add(1, Ordering::Relaxed);
+        let Self { settings, settler, mut deliveries, task } = self;
+        deliveries.close();
+        while let Ok(queued) = deliveries.try_recv() {
+            // Dropping it releases it.
+            counts.released.fetch_add(u64::from(queued.is_ok()), Ordering::Relaxed);
         }
-        let drained =
-            timeout(self.settings.drain_timeout, async { while running.join_next().await.is_some() {} });
-        if drained.await.is_err() {
-            tracing::warn!(handlers = running.len(), "handlers did not end in time");
+        let drained = async { while running.join_next().await.is_some() {} };
+        if timeout(settings.drain_timeout, drained).await.is_err() {
+            tracing::warn!(group = settings.group, handlers = running.len(), "handlers did not end in time");
+            running.shutdown().await;
         }
-        // Its answer says that everything queued before it, releases included, has reached the broker.
-        let patience = self.settler.flush();
-        let _late = timeout(Duration::from_secs(5), patience).await;
+        drop((settler, deliveries));
+        if timeout(FAREWELL, task).await.is_err() {
+            tracing::debug!(group = settings.group, "the last settlements are not answered yet");
+        }
         ended.map(|()| counts.report())
     }
 }
@@ -120,68 +134,121 @@ impl Counts {
             lost: self.lost.load(Ordering::Relaxed),
         }
     }
+
+    fn note(&self, count: &AtomicU64, result: &Result<SettleResult>) {
+        match result {
+            Ok(result) if result.is_done() => {
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+            other => {
+                tracing::debug!(?other, "a settlement did not hold");
+                self.lost.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
 }
 
-/// Runs one handler in a task of its own (so that a panic stays there), extends the lease meanwhile, settles.
-async fn handle<F>(held: Delivery, handler: F, counts: Arc<Counts>)
+/// Begins the handler of one record in a task of its own.
+fn start<H, F>(mut delivery: Delivery, handler: &H, counts: &Arc<Counts>, running: &mut JoinSet<()>)
 where
+    H: Fn(Delivery) -> F,
     F: Future<Output = Outcome> + Send + 'static,
 {
-    let mut task = AbortOnDrop(tokio::spawn(handler));
-    let period = (held.lease_duration / 2).max(Duration::from_millis(10));
-    let outcome = loop {
-        tokio::select! {
-            biased;
-            outcome = &mut task.0 => break outcome,
-            () = tokio::time::sleep(period) => extend(&held).await,
-        }
+    // From here on the lease is settled by what the handler answers, not by the drop of the delivery.
+    delivery.settled = true;
+    let attempt = Attempt {
+        settler: delivery.settler.clone(),
+        lease: delivery.lease.clone(),
+        counts: counts.clone(),
+        ended: false,
     };
-    let outcome = outcome.unwrap_or_else(|error| {
-        Outcome::Nack(Nack { class: "panic".to_owned(), reason: error.to_string(), ..Nack::default() })
+    let handling = std::panic::catch_unwind(AssertUnwindSafe(|| handler(delivery)));
+    running.spawn(async move {
+        let outcome = match handling {
+            Ok(handling) => AssertUnwindSafe(handling).catch_unwind().await,
+            Err(panic) => Err(panic),
+        };
+        attempt.settle(outcome.unwrap_or_else(|panic| panicked(&*panic))).await;
     });
-    let (count, result) = match outcome {
-        Outcome::Ack => (&counts.acked, held.ack().await),
-        Outcome::Complete(records) => match held.settler.clone().complete(&held.lease, &records).await {
-            // An output that can never be sent would fail for ever: that is for the operator to see.
-            Err(error) if !error.retryable() => {
-                let reject = Reject {
-                    class: "invalid-output".to_owned(),
-                    reason: error.to_string(),
-                    detail: String::new(),
-                };
-                (&counts.rejected, held.reject(reject).await)
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> Outcome {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
+    let reason = format!("the handler panicked: {text}");
+    Outcome::Nack(Nack { class: "panic".to_owned(), reason, ..Nack::default() })
+}
+
+/// One record in a handler.
+struct Attempt {
+    settler: Arc<Settler>,
+    lease: Lease,
+    counts: Arc<Counts>,
+    /// The handler ended, in whatever way.
+    ended: bool,
+}
+
+impl Attempt {
+    async fn settle(mut self, outcome: Outcome) {
+        self.ended = true;
+        let (settler, lease, counts) = (&self.settler, &self.lease, &self.counts);
+        let (count, result) = match outcome {
+            Outcome::Ack => (&counts.acked, settler.settle(lease, Settle::Ack, None).result().await),
+            Outcome::Release => {
+                (&counts.released, settler.settle(lease, Settle::Release, None).result().await)
             }
-            completed => (&counts.acked, completed),
-        },
-        Outcome::Nack(nack) => (&counts.nacked, held.nack(nack).await),
-        Outcome::Reject(reject) => (&counts.rejected, held.reject(reject).await),
-        Outcome::Release => (&counts.released, held.release().await),
-    };
-    match result {
-        Ok(result) if result.is_done() => {
-            count.fetch_add(1, Ordering::Relaxed);
-        }
-        other => {
-            tracing::debug!(?other, "settlement did not hold");
-            counts.lost.fetch_add(1, Ordering::Relaxed);
-        }
+            Outcome::Nack(nack) => (&counts.nacked, self.nack(nack).await),
+            Outcome::Reject(reject) => (&counts.rejected, self.reject(reject).await),
+            Outcome::Complete(records) => match complete(&settler.core, lease, &records).await {
+                // It would fail for ever: that is for a person to see.
+                Err(error) if is_invalid_output(&error) => {
+                    let (class, reason) = ("invalid-output".to_owned(), error.to_string());
+                    let reject = Reject { class, reason, detail: String::new() };
+                    (&counts.rejected, self.reject(reject).await)
+                }
+                completed => (&counts.acked, completed),
+            },
+        };
+        counts.note(count, &result);
+    }
+
+    async fn nack(&self, nack: Nack) -> Result<SettleResult> {
+        self.settler.settle(&self.lease, Settle::Nack, Some(nack.into_detail())).result().await
+    }
+
+    async fn reject(&self, reject: Reject) -> Result<SettleResult> {
+        self.settler.settle(&self.lease, Settle::Reject, Some(reject.into_detail())).result().await
     }
 }
 
-async fn extend(held: &Delivery) {
-    let detail = SettlementDetail::default();
-    let waiting =
-        held.settler.settle(held.lease.clone(), settlement(&held.lease, Settle::Extend, Some(detail)));
-    match waiting.result().await {
-        Ok(result) if result.is_done() => {}
-        other => tracing::warn!(?other, offset = held.offset, "the lease could not be extended"),
-    }
-}
-
-struct AbortOnDrop<T>(tokio::task::JoinHandle<T>);
-
-impl<T> Drop for AbortOnDrop<T> {
+impl Drop for Attempt {
     fn drop(&mut self) {
-        self.0.abort();
+        if !self.ended {
+            let nack = Nack {
+                class: "shutdown".to_owned(),
+                reason: "the worker stopped before the handler ended".to_owned(),
+                ..Nack::default()
+            };
+            self.counts.nacked.fetch_add(1, Ordering::Relaxed);
+            self.settler.settle(&self.lease, Settle::Nack, Some(nack.into_detail())).forget();
+        }
+    }
+}
+
+/// Whether the outputs themselves are what the broker refuses.
+fn is_invalid_output(error: &Error) -> bool {
+    match error {
+        Error::Record(_) => true,
+        Error::Broker { code, .. } => matches!(
+            code,
+            ErrorCode::InvalidRequest
+                | ErrorCode::UnknownTopic
+                | ErrorCode::UnknownPartition
+                | ErrorCode::CorruptBatch
+                | ErrorCode::RecordTooLarge
+                | ErrorCode::BatchTooLarge
+                | ErrorCode::ForeignProducer
+        ),
+        _ => false,
     }
 }

@@ -119,8 +119,7 @@ impl BatchHeader {
         batch[51..53].copy_from_slice(&self.producer_epoch.to_be_bytes());
         batch[53..57].copy_from_slice(&self.base_sequence.to_be_bytes());
         batch[57..61].copy_from_slice(&self.record_count.to_be_bytes());
-        let crc = crc32c::crc32c(&batch[CRC_FROM..]);
-        batch[CRC..CRC_FROM].copy_from_slice(&crc.to_be_bytes());
+        seal_crc(batch);
     }
 }
 
@@ -152,6 +151,23 @@ pub fn check(bytes: &[u8]) -> Result<BatchHeader, BatchError> {
 pub fn assign(batch: &mut [u8], base_offset: u64, partition_epoch: i32) {
     batch[0..8].copy_from_slice(&base_offset.to_be_bytes());
     batch[PARTITION_EPOCH..MAGIC].copy_from_slice(&partition_epoch.to_be_bytes());
+}
+
+/// Gives a batch that was never appended another producer identity, which the CRC covers: for a sender that has to begin a
+/// new sequence.
+///
+/// # Panics
+/// When `batch` is shorter than a header.
+pub fn set_producer(batch: &mut [u8], id: i64, epoch: i16, base_sequence: i32) {
+    batch[43..51].copy_from_slice(&id.to_be_bytes());
+    batch[51..53].copy_from_slice(&epoch.to_be_bytes());
+    batch[53..57].copy_from_slice(&base_sequence.to_be_bytes());
+    seal_crc(batch);
+}
+
+fn seal_crc(batch: &mut [u8]) {
+    let crc = crc32c::crc32c(&batch[CRC_FROM..]);
+    batch[CRC..CRC_FROM].copy_from_slice(&crc.to_be_bytes());
 }
 
 /// Takes concatenated batches apart without copying. Looks only at headers; each batch is still to be validated.

@@ -72,7 +72,7 @@ pub use builder::{BatchBuilder, record_size};
 pub use compression::Compression;
 pub use error::{BatchError, RecordFault};
 pub use filter::filter;
-pub use header::{BatchHeader, HEADER_LEN, MAX_BATCH_BYTES, Split, assign, check, split};
+pub use header::{BatchHeader, HEADER_LEN, MAX_BATCH_BYTES, Split, assign, check, set_producer, split};
 pub use record::{Header, Record, Records, records};
 pub use scan::{RecordMeta, Scan, ScanIter, scan};
 pub use validate::{BatchLimits, validate};
