@@ -841,3 +841,16 @@ fn the_clock_does_not_fall_when_it_goes_on_from_a_checkpoint() {
     }
     assert_eq!(restored.monotonic_ms(), bench.now.monotonic_ms);
 }
+
+#[test]
+fn a_member_that_subscribes_again_gets_nothing_on_its_older_subscription() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.group(&[]);
+    bench.subscribe(1, "m", 10);
+    bench.subscribe(2, "m", 10);
+    bench.append(None, 2).unwrap();
+    bench.append(None, 2).unwrap();
+    assert!(bench.deliveries.iter().all(|delivery| delivery.subscription == SubscriptionId(2)));
+    assert_eq!(bench.offsets().len(), 4);
+}

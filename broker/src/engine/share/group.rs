@@ -183,7 +183,9 @@ impl ShareGroup {
 
     // ---- Members ----
 
-    /// Opens a subscription. Live leases of the member that it does not name in `held` go back without a failure.
+    /// Opens a subscription. Live leases of the member that it does not name in `held` go back without a failure, and older
+    /// subscriptions of the member get nothing more: they are of a connection whose end has not been noticed yet, and what
+    /// would be sent there would be leased to nobody.
     pub(crate) fn subscribe(
         &mut self,
         stage: &mut Stage<'_>,
@@ -195,7 +197,10 @@ impl ShareGroup {
         self.seen(stage, member);
         let member: Arc<str> = member.into();
         if let Some(entry) = self.members.get_mut(&member) {
-            entry.subscriptions.insert(id);
+            for older in std::mem::replace(&mut entry.subscriptions, BTreeSet::from([id])) {
+                self.subscriptions.remove(&older);
+                self.takers.remove(&older);
+            }
         }
         let held: BTreeSet<(PartitionKey, u64, LeaseId)> =
             held.iter().map(|lease| (lease.partition, lease.offset, lease.lease)).collect();
