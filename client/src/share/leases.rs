@@ -53,11 +53,16 @@ fn key(lease: &Lease) -> Key {
 }
 
 impl Leases {
-    /// Takes a record in.
-    pub(super) fn hold(&self, lease: &Lease, bytes: u32, duration: Duration) {
+    /// Takes a record in. One that came again, after an older lease of it ran out, has taken credit twice and is settled
+    /// once: answers the credit that the open subscription gets for the older lease.
+    pub(super) fn hold(&self, lease: &Lease, bytes: u32, duration: Duration) -> Option<message::Credit> {
         let extend_at = Instant::now() + duration / 2;
         let held = Held { lease: lease.clone(), bytes, duration, extend_at, keep: true, settling: false };
-        self.state.lock().held.insert(key(lease), held);
+        let mut state = self.state.lock();
+        let older = state.held.insert(key(lease), held)?;
+        state.owed_records = state.owed_records.saturating_add(1);
+        state.owed_bytes = state.owed_bytes.saturating_add(older.bytes);
+        state.credit()
     }
 
     pub(super) fn is_held(&self, lease: &Lease) -> bool {
@@ -185,7 +190,9 @@ mod tests {
     #[test]
     fn what_is_let_go_while_a_subscription_is_opened_is_owed_to_it() {
         let leases = Leases::default();
-        (0..3).for_each(|offset| leases.hold(&lease(offset, offset), 100, TIME));
+        for offset in 0..3 {
+            leases.hold(&lease(offset, offset), 100, TIME);
+        }
         let (records, bytes, held) = leases.open(10, 1000);
         assert_eq!((records, bytes, held.len()), (7, 700, 3));
         assert_eq!(leases.let_go([&lease(0, 0)]), None);
@@ -205,9 +212,23 @@ mod tests {
     }
 
     #[test]
+    fn a_record_that_comes_again_costs_no_credit_for_its_older_lease() {
+        let leases = Leases::default();
+        leases.open(10, 1000);
+        leases.opened(9);
+        assert_eq!(leases.hold(&lease(5, 1), 10, TIME), None);
+        let owed = message::Credit { subscription: 9, records: 1, bytes: 10 };
+        assert_eq!(leases.hold(&lease(5, 2), 10, TIME), Some(owed.clone()));
+        assert_eq!(leases.let_go([&lease(5, 1)]), None);
+        assert_eq!(leases.let_go([&lease(5, 2)]), Some(owed));
+    }
+
+    #[test]
     fn leases_are_extended_at_half_time_unless_handed_out_or_being_settled() {
         let leases = Leases::default();
-        (0..3).for_each(|offset| leases.hold(&lease(offset, offset), 1, TIME));
+        for offset in 0..3 {
+            leases.hold(&lease(offset, offset), 1, TIME);
+        }
         leases.hand_out(&lease(0, 0));
         leases.set_settling(&lease(1, 1), true);
         assert!(leases.due(Instant::now()).is_empty());

@@ -236,7 +236,9 @@ impl Task {
                 };
                 // Without anybody to settle it, it goes back with the farewell.
                 let Some(settler) = self.settler.upgrade() else { return Ok(()) };
-                self.core.leases.hold(&lease, size, lease_duration);
+                if let Some(credit) = self.core.leases.hold(&lease, size, lease_duration) {
+                    self.core.client.link.tell(Api::Credit, &credit);
+                }
                 let delivery = Delivery {
                     record: ConsumedRecord {
                         topic: topic.name.clone(),
