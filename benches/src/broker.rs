@@ -143,6 +143,11 @@ impl Binary {
 }
 
 impl Broker {
+    /// Where the data is of a broker that this program started.
+    pub(crate) fn data_dir(&self) -> Option<PathBuf> {
+        self.process.as_ref().map(|process| process.directory.path().to_path_buf())
+    }
+
     /// Stops a broker that this program started, in order, and removes its data.
     ///
     /// # Errors

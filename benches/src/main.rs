@@ -47,6 +47,9 @@ struct RunArgs {
     /// How often everything is measured; the table has medians
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     reps: u32,
+    /// Threads that run the client's tasks; one leaves the broker the other core of a small machine
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    client_threads: u32,
     /// Folder for results.jsonl and machine.json
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -92,7 +95,14 @@ fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     if let Some(folder) = &args.out {
         sink = sink.with_folder(folder)?;
     }
-    let run = Run { workloads, launcher: launcher.clone(), effort, repetitions: args.reps, data_dir };
+    let run = Run {
+        workloads,
+        launcher: launcher.clone(),
+        effort,
+        repetitions: args.reps,
+        client_threads: args.client_threads,
+        data_dir,
+    };
     let measuring = std::thread::spawn(move || {
         let result = run.measure(&mut sink);
         (sink, result)

@@ -1,22 +1,27 @@
-//! What the kernel knows about a process: processor time, resident memory, bytes written.
+//! What the kernel knows: of a process, processor time and resident memory; of a device, bytes written.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
-/// Totals since the process began.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Usage {
-    pub(crate) cpu_seconds: f64,
-    /// `None` where the kernel does not tell.
-    pub(crate) disk_bytes: Option<u64>,
+use rustix::fs::{major, minor};
+
+/// Bytes of what the kernel calls a sector, whatever the device.
+const SECTOR: u64 = 512;
+
+/// User and system time since a process began, in seconds; `None` when it is gone or the system has no `/proc`.
+pub(crate) fn cpu_seconds(pid: u32) -> Option<f64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    Some(cpu_ticks(&stat)? as f64 / rustix::param::clock_ticks_per_second() as f64)
 }
 
-/// Usage of a process; `None` when it is gone or the system has no `/proc`.
-pub(crate) fn usage(pid: u32) -> Option<Usage> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let ticks = cpu_ticks(&stat)?;
-    let io = fs::read_to_string(format!("/proc/{pid}/io")).ok();
-    let disk_bytes = io.and_then(|io| field(&io, "write_bytes:"));
-    Some(Usage { cpu_seconds: ticks as f64 / rustix::param::clock_ticks_per_second() as f64, disk_bytes })
+/// Bytes written so far to the device that a file or folder is on. The same figure of a process (`write_bytes`) is of no
+/// use: where the page cache has large folios it counts a whole one for every small write.
+pub(crate) fn device_bytes(path: &Path) -> Option<u64> {
+    let device = fs::metadata(path).ok()?.dev();
+    let stat = fs::read_to_string(format!("/sys/dev/block/{}:{}/stat", major(device), minor(device))).ok()?;
+    let sectors: u64 = stat.split_ascii_whitespace().nth(6)?.parse().ok()?;
+    Some(sectors * SECTOR)
 }
 
 /// Resident memory in bytes.
@@ -54,7 +59,8 @@ mod tests {
     #[test]
     fn this_process_has_used_something() {
         assert!(resident_bytes(std::process::id()).unwrap() > 1 << 16);
-        assert!(usage(std::process::id()).is_some());
-        assert!(usage(u32::MAX).is_none());
+        assert!(cpu_seconds(std::process::id()).is_some());
+        assert!(cpu_seconds(u32::MAX).is_none());
+        assert!(device_bytes(Path::new("/no/such/place")).is_none());
     }
 }

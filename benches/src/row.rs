@@ -36,7 +36,8 @@ pub struct Row {
     pub client_cpu_s: Option<f64>,
     /// Resident memory of the broker at the end.
     pub server_rss_bytes: Option<u64>,
-    /// Bytes that the broker caused to be written to disk within the measured time.
+    /// Bytes that reached the device of the broker's data within the measured time, by whomever; what is still in the page
+    /// cache is not in it.
     pub disk_bytes: Option<u64>,
 }
 
@@ -64,12 +65,45 @@ impl Row {
     }
 }
 
-/// An empty histogram of nanoseconds, three digits, that grows as needed.
+/// Longest latency that is told from longer ones.
+const LONGEST: Duration = Duration::from_secs(3600);
+
+/// An empty histogram of nanoseconds, three digits.
 pub(crate) fn latencies() -> Histogram<u64> {
-    Histogram::new(3).expect("three digits are possible")
+    Histogram::new_with_max(LONGEST.as_nanos() as u64, 3).expect("the bounds are possible")
 }
 
-/// Adds one latency. Recording cannot fail in a histogram that grows.
+/// Adds one latency.
 pub(crate) fn record(histogram: &mut Histogram<u64>, latency: Duration) {
     histogram.saturating_record(u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_in_microseconds() {
+        let mut histogram = latencies();
+        let mut row = Row::default();
+        row.set_latencies(&histogram);
+        assert_eq!(row.p50_us, None);
+        for _ in 0..99 {
+            record(&mut histogram, Duration::from_micros(250));
+        }
+        record(&mut histogram, Duration::from_secs(7200));
+        row.set_latencies(&histogram);
+        let near = |figure: Option<f64>, expected: f64| (figure.unwrap() / expected - 1.0).abs() < 1e-3;
+        assert!(near(row.p50_us, 250.0) && near(row.p99_us, 250.0), "{row:?}");
+        assert!(near(row.p999_us, 3.6e9), "{row:?}");
+    }
+
+    #[test]
+    fn rates_follow_from_the_elapsed_time() {
+        let mut row = Row::default();
+        row.set_rate(1000, 100, Duration::from_millis(500));
+        assert_eq!((row.records_per_s, row.bytes_per_s), (Some(2000.0), Some(200_000.0)));
+        row.set_rate(1000, 0, Duration::from_secs(1));
+        assert_eq!(row.records_per_s, Some(1000.0));
+    }
 }

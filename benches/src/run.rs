@@ -112,16 +112,13 @@ impl Case {
     }
 
     fn name(&self) -> String {
-        let on = |connections: u32| match connections {
-            1 => "1 connection".to_owned(),
-            more => format!("{more} connections"),
-        };
+        let on = |connections: u32| count(connections as usize, "connection");
         match self {
             Self::Produce { producers, .. } => {
-                format!("{}, {} records in flight", on(producers.connections), producers.in_flight)
+                format!("{}, {} in flight", on(producers.connections), count(producers.in_flight, "record"))
             }
             Self::Raw { producers, .. } => {
-                format!("{}, {} requests in flight", on(producers.connections), producers.in_flight)
+                format!("{}, {} in flight", on(producers.connections), count(producers.in_flight, "request"))
             }
             Self::Consume { consumers, .. } => on(*consumers),
             Self::EndToEnd { work, .. } => format!("{} records/s", work.rate),
@@ -130,7 +127,7 @@ impl Case {
                     Receive::Next => "next and ack",
                     Receive::Worker => "worker",
                 };
-                format!("{how}, {members} {}", if *members == 1 { "member" } else { "members" })
+                format!("{how}, {}", count(*members as usize, "member"))
             }
             Self::Footprint(_) => "start to first accept; idle memory".to_owned(),
         }
@@ -158,6 +155,10 @@ impl Case {
     }
 }
 
+fn count(number: usize, what: &str) -> String {
+    if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
+}
+
 /// Every pair, the first list's order outermost.
 fn product<A: Copy, B: Copy>(firsts: &[A], seconds: &[B]) -> impl Iterator<Item = (A, B)> {
     firsts.iter().flat_map(|first| seconds.iter().map(|second| (*first, *second)))
@@ -170,6 +171,8 @@ pub struct Run {
     pub launcher: Launcher,
     pub effort: Effort,
     pub repetitions: u32,
+    /// Threads that run the client's tasks.
+    pub client_threads: u32,
     /// On the disk that is measured.
     pub data_dir: PathBuf,
 }
@@ -224,7 +227,7 @@ impl Run {
             free >> 20,
             needed >> 20
         );
-        measure::measure(&self.launcher, &self.effort, case)
+        measure::measure(&self.launcher, &self.effort, self.client_threads, case)
     }
 }
 

@@ -9,6 +9,7 @@ mod raw;
 mod share;
 mod window;
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -33,19 +34,31 @@ struct Session {
     address: String,
     /// The broker's process, when this program started it.
     pid: Option<u32>,
+    /// Where its data is, when this program chose it.
+    data: Option<PathBuf>,
     effort: Effort,
 }
 
 /// Measures one case against a broker of its own. The names of workload, case and version are left to the caller.
-pub(crate) fn measure(launcher: &Launcher, effort: &Effort, case: &Case) -> anyhow::Result<Row> {
+pub(crate) fn measure(
+    launcher: &Launcher,
+    effort: &Effort,
+    client_threads: u32,
+    case: &Case,
+) -> anyhow::Result<Row> {
     if let Case::Footprint(work) = case {
         return footprint::measure(launcher, effort, work);
     }
     let broker = launcher.launch()?;
-    let session = Session { address: broker.address.clone(), pid: broker.pid, effort: *effort };
-    // One thread: the client's tasks take turns, and the broker has the other core of a small machine.
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    // In a task, because the thread that waits here would be a second one.
+    let session = Session {
+        address: broker.address.clone(),
+        pid: broker.pid,
+        data: broker.data_dir(),
+        effort: *effort,
+    };
+    let threads = client_threads.max(1) as usize;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?;
+    // In a task, because the thread that waits here would be one more.
     let task = runtime.spawn(run(session, case.clone()));
     let row = runtime.block_on(task).context("the measurement panicked");
     runtime.shutdown_timeout(Duration::from_secs(5));

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{PATIENCE, Session};
-use crate::process::{self, Usage};
+use crate::process;
 use crate::row::Row;
 
 /// How often the counts are looked at.
@@ -98,36 +98,46 @@ impl Window {
     }
 }
 
-/// Elapsed time, and what the two processes used of the machine within it.
+/// Elapsed time, and what was used of the machine within it.
 #[derive(Debug)]
 pub(super) struct Meter {
     began: Instant,
-    pid: Option<u32>,
-    server: Option<Usage>,
-    client: Option<Usage>,
+    session: Session,
+    before: Usage,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Usage {
+    server_cpu: Option<f64>,
+    client_cpu: Option<f64>,
+    disk_bytes: Option<u64>,
+}
+
+impl Usage {
+    fn now(session: &Session) -> Self {
+        Self {
+            server_cpu: session.pid.and_then(process::cpu_seconds),
+            client_cpu: process::cpu_seconds(std::process::id()),
+            disk_bytes: session.data.as_deref().and_then(process::device_bytes),
+        }
+    }
 }
 
 impl Meter {
     pub(super) fn start(session: &Session) -> Self {
-        let pid = session.pid;
-        Self {
-            server: pid.and_then(process::usage),
-            client: process::usage(std::process::id()),
-            began: Instant::now(),
-            pid,
-        }
+        Self { before: Usage::now(session), session: session.clone(), began: Instant::now() }
     }
 
     pub(super) fn finish(self, records: u64, bytes_per_record: u64) -> Row {
         let mut row = Row::default();
         row.set_rate(records, bytes_per_record, self.began.elapsed());
-        let server = self.server.zip(self.pid.and_then(process::usage));
-        row.server_cpu_s = server.map(|(before, after)| after.cpu_seconds - before.cpu_seconds);
+        let (before, after) = (self.before, Usage::now(&self.session));
+        let spent = |before: Option<f64>, after: Option<f64>| Some(after? - before?);
+        row.server_cpu_s = spent(before.server_cpu, after.server_cpu);
+        row.client_cpu_s = spent(before.client_cpu, after.client_cpu);
         row.disk_bytes =
-            server.and_then(|(before, after)| Some(after.disk_bytes?.saturating_sub(before.disk_bytes?)));
-        row.server_rss_bytes = self.pid.and_then(process::resident_bytes);
-        let client = self.client.zip(process::usage(std::process::id()));
-        row.client_cpu_s = client.map(|(before, after)| after.cpu_seconds - before.cpu_seconds);
+            before.disk_bytes.zip(after.disk_bytes).map(|(before, after)| after.saturating_sub(before));
+        row.server_rss_bytes = self.session.pid.and_then(process::resident_bytes);
         row
     }
 }
