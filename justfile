@@ -33,6 +33,11 @@ serve *flags:
 orders *flags:
     cargo run --release -p order-flow -- {{ flags }}
 
+# Measures the broker and the machine; `just bench --quick W1` a part of it in seconds.
+bench *flags:
+    cargo build --release -p felucca-broker -p felucca-bench
+    cargo run --release -p felucca-bench -- run {{ flags }}
+
 # The documentation of every crate, in a browser.
 doc:
     cargo doc --workspace --no-deps --document-private-items --open
