@@ -1,6 +1,7 @@
 //! The Felucca broker as a library; the `felucca` binary is a thin shell around it.
 
 pub mod broker;
+pub mod byte_size;
 pub mod checkpoint;
 pub mod config;
 pub mod disk;

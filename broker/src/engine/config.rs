@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::error::EngineError;
 use super::event::ConfigEntry;
 use super::types::Level;
+use crate::byte_size::ByteSize;
 
 /// Limits that hold for the whole engine. Plain values; the defaults are what a small server wants.
 #[derive(Clone, Debug)]
@@ -61,7 +62,9 @@ impl TopicConfig {
     pub(crate) fn with(mut self, entries: &[(String, String)]) -> Result<Self, EngineError> {
         for (key, value) in entries {
             match key.as_str() {
-                "segment-bytes" => self.segment_bytes = parse_bytes(key, value, 64 << 10, 1 << 30)?,
+                "segment-bytes" => {
+                    self.segment_bytes = parse_bytes(key, value, ByteSize::kib(64), ByteSize::gib(1))?;
+                }
                 "allow-written" => {
                     self.allow_written = parse_choice(key, value, &[("true", true), ("false", false)])?;
                 }
@@ -83,7 +86,7 @@ impl TopicConfig {
     pub(crate) fn entries(&self) -> Vec<(String, String)> {
         let visibility = if self.visibility == Level::Synced { "synced" } else { "written" };
         [
-            ("segment-bytes", self.segment_bytes.to_string()),
+            ("segment-bytes", ByteSize(self.segment_bytes).to_string()),
             ("allow-written", self.allow_written.to_string()),
             ("visibility", visibility.to_owned()),
         ]
@@ -293,24 +296,12 @@ fn parse_millis(key: &str, value: &str, min: u64, max: u64) -> Result<u64, Engin
     }
 }
 
-fn parse_bytes(key: &str, value: &str, min: u64, max: u64) -> Result<u64, EngineError> {
-    let (number, unit) = value.split_at(value.find(|c: char| !c.is_ascii_digit()).unwrap_or(value.len()));
-    let factor = match unit.trim() {
-        "" | "B" => Some(1_u64),
-        "KiB" => Some(1 << 10),
-        "MiB" => Some(1 << 20),
-        "GiB" => Some(1 << 30),
-        _ => None,
-    };
-    let bytes =
-        number.parse::<u64>().ok().zip(factor).and_then(|(number, factor)| number.checked_mul(factor));
-    match bytes {
-        Some(bytes) if bytes >= min && bytes <= max => Ok(bytes),
-        _ => Err(invalid(
-            key,
-            value,
-            &format!("expected a size such as 1048576, 512KiB or 64MiB, from {min} to {max} bytes"),
-        )),
+fn parse_bytes(key: &str, value: &str, min: ByteSize, max: ByteSize) -> Result<u64, EngineError> {
+    match value.parse::<ByteSize>() {
+        Ok(size) if size >= min && size <= max => Ok(size.0),
+        _ => {
+            Err(invalid(key, value, &format!("expected a size such as 512KiB or 64MiB, from {min} to {max}")))
+        }
     }
 }
 
