@@ -327,11 +327,11 @@ async fn bad_input_harms_nobody_else() {
     let hello = msg::Hello { min_version: 100, max_version: 101, ..Default::default() };
     let error = future.call::<msg::Welcome>(Api::Hello, &hello).await.unwrap_err();
     assert_eq!(error.error_code(), ErrorCode::UnsupportedVersion);
-    future.end().await;
+    assert!(future.next_frame().await.is_none(), "said once");
     let mut rude = Connection::bare(address).await;
     let error = rude.call::<msg::Empty>(Api::Ping, &msg::Ping {}).await.unwrap_err();
     assert_eq!(error.error_code(), ErrorCode::InvalidRequest);
-    rude.end().await;
+    assert!(rude.next_frame().await.is_none(), "said once");
 
     assert_eq!(good.produce(&topic, 0, msg::Level::Synced, batch_of(0, 1)).await.base_offset, 0);
     server.shutdown().await;

@@ -95,7 +95,7 @@ impl Connection {
         self.socket.write_all(bytes).await.unwrap();
     }
 
-    async fn next_frame(&mut self) -> Option<Frame> {
+    pub(crate) async fn next_frame(&mut self) -> Option<Frame> {
         loop {
             if let Some(frame) = frame::decode(&mut self.input, u32::MAX).unwrap() {
                 return Some(frame);

@@ -50,8 +50,9 @@ pub(super) enum End {
     Truncated,
     #[error(transparent)]
     Frame(#[from] FrameError),
-    #[error("{}", .0.message)]
-    Refused(wire::Error),
+    /// What was asked under `api` and `correlation` ends the connection; both are 0 where nothing was.
+    #[error("{}", .error.message)]
+    Refused { api: u8, correlation: u64, error: wire::Error },
     #[error(transparent)]
     Overloaded(#[from] Overloaded),
     #[error("nothing was heard for {0:?}")]
@@ -66,9 +67,12 @@ pub(super) enum End {
 
 impl End {
     /// What to tell the client, if it can still hear.
-    fn farewell(&self) -> Option<wire::Error> {
+    fn farewell(&self) -> Option<OutFrame> {
         let code = match self {
-            Self::Refused(error) => return Some(error.clone()),
+            Self::Refused { api, correlation, error } => {
+                let head = convert::error_frame(*api, *correlation, error);
+                return Some(OutFrame { head, payload: Vec::new(), origin: None });
+            }
             Self::Frame(FrameError::TooLarge { .. }) => ErrorCode::FrameTooLarge,
             Self::Frame(_) => ErrorCode::InvalidRequest,
             Self::Overloaded(_) => ErrorCode::Overloaded,
@@ -76,7 +80,8 @@ impl End {
             Self::Idle(_) | Self::NoHello(_) => ErrorCode::Timeout,
             Self::Closed | Self::Truncated | Self::Slow | Self::Io(_) => return None,
         };
-        Some(wire::Error::new(code, self.to_string()))
+        let head = convert::error_frame(0, 0, &wire::Error::new(code, self.to_string()));
+        Some(OutFrame { head, payload: Vec::new(), origin: None })
     }
 
     /// True when somebody should know: the client, or the network, is not as it should be.
@@ -134,15 +139,16 @@ pub(super) async fn serve(
         reader.forget();
         let _ = gate.admit(usize::MAX).await;
     }
-    if let Some(error) = end.farewell() {
-        let head = convert::error_frame(0, 0, &error);
-        outbox.send(OutFrame { head, payload: Vec::new(), origin: None });
+    let farewell = end.farewell();
+    let said = farewell.is_some();
+    if let Some(frame) = farewell {
+        outbox.send(frame);
     }
     drop(dispatcher);
     if written.is_none() {
         // The writer ends by itself: each of its writes is bounded.
         let _ = writer.await;
-        if end.farewell().is_some() {
+        if said {
             reader.linger().await;
         }
     }
@@ -185,7 +191,7 @@ async fn requests(
         for frame in reader.frames.drain(..) {
             if let Err(error) = dispatcher.request(frame, pinned, &origin) {
                 dispatcher.submit();
-                return End::Refused(error);
+                return End::Refused { api: 0, correlation: 0, error };
             }
         }
         if seen.elapsed() >= SEEN_INTERVAL {
@@ -199,7 +205,7 @@ async fn requests(
     }
 }
 
-/// Answers the first frame.
+/// Answers the first frame when it is a hello that holds; a refusal is said as the connection's end.
 fn greet(
     frame: &Frame,
     broker: &Broker,
@@ -209,9 +215,7 @@ fn greet(
 ) -> Result<(), End> {
     let refuse = |code, message: String| {
         let error = wire::Error::new(code, message);
-        let head = convert::error_frame(frame.api, frame.correlation, &error);
-        outbox.send(OutFrame { head, payload: Vec::new(), origin: None });
-        Err(End::Refused(error))
+        Err(End::Refused { api: frame.api, correlation: frame.correlation, error })
     };
     if frame.kind != Kind::Request || frame.api != u8::from(Api::Hello) {
         return refuse(ErrorCode::InvalidRequest, "the first frame must be the request Hello".to_owned());
