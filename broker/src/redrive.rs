@@ -92,7 +92,14 @@ pub async fn redrive(
     broker.call(on_exhausted(&letters, "hold")).await?;
     let job = Job::begin(broker, &letters).await?;
     let done = job.run(&Work::Redrive { target: target.id }).await?;
-    tracing::info!(group, source, target = target.name, done.moved, done.refused, "redriven");
+    tracing::info!(
+        group,
+        source,
+        target = target.name,
+        moved = done.moved,
+        refused = done.refused,
+        "redriven"
+    );
     Ok(done)
 }
 

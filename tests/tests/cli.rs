@@ -269,7 +269,7 @@ fn topics_and_groups_are_managed() {
     shell.run("topic alter orders --config allow-written=true").ok();
     shell.run_with("produce orders --ack written --output json", b"x\n").ok();
     let topic = shell.run("topic describe orders --output json").ok().lines().remove(0);
-    assert_eq!(topic["config"]["segment-bytes"], "1048576");
+    assert_eq!(topic["config"]["segment-bytes"], "1MiB");
     assert_eq!(topic["config"]["allow-written"], "true");
     assert_eq!(topic["offsets"].as_array().unwrap().len(), 3);
 
@@ -397,7 +397,7 @@ fn files_are_looked_into_without_a_broker() {
     bytes[middle] ^= 1;
     std::fs::write(file, bytes).unwrap();
     let done = offline(&format!("log verify --data-dir {dir}"));
-    done.refused(1, "1 segments are damaged");
+    done.refused(1, "1 segment is damaged");
     assert!(done.stdout.contains(&format!("DAMAGED  {file}: position ")), "{}", done.stdout);
     offline("log dump /nonexistent/file.log").refused(1, "/nonexistent/file.log");
     offline("journal dump --data-dir /nonexistent").refused(1, "/nonexistent/journal");

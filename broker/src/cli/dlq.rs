@@ -82,7 +82,7 @@ struct Listed<'a> {
 #[derive(Serialize)]
 struct Redriven<'a> {
     topic: &'a str,
-    moved: u64,
+    redriven: u64,
     refused: u64,
 }
 
@@ -189,7 +189,7 @@ async fn redrive(client: &Client, which: &Which, to: Target, format: Format) -> 
         let done = client.admin().redrive(&one.group, &one.source_topic, target).await?;
         match format {
             Format::Json => {
-                print_json(&Redriven { topic: &one.topic, moved: done.moved, refused: done.refused })?;
+                print_json(&Redriven { topic: &one.topic, redriven: done.moved, refused: done.refused })?;
             }
             Format::Table => {
                 print_line(&format!(

@@ -13,7 +13,7 @@ use felucca_protocol::batch::{self, BatchHeader};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::output::Format;
+use super::output::{Format, counted, print_line};
 use super::record;
 
 #[derive(Debug, Subcommand)]
@@ -162,22 +162,20 @@ fn verify(files: &[SegmentFile], format: Format) -> anyhow::Result<()> {
             problems
                 .push((true, format!("begins at {}, within {}", file.base_offset, earlier.path.display())));
         }
-        damaged += problems.iter().filter(|(damage, _)| *damage).count();
+        damaged += u64::from(problems.iter().any(|(damage, _)| *damage));
         total = (total.0 + found.batches, total.1 + found.records);
         before = Some((file, found.end_offset));
         progress.suspend(|| report(file, &found, &problems, format))?;
     }
     progress.finish_and_clear();
     if format == Format::Table {
-        super::output::print_line(&format!(
-            "{} segments, {} batches, {} records",
-            files.len(),
-            total.0,
-            total.1
-        ))?;
+        let batches = if total.0 == 1 { "1 batch".to_owned() } else { format!("{} batches", total.0) };
+        let (segments, records) = (counted(files.len() as u64, "segment"), counted(total.1, "record"));
+        print_line(&format!("{segments}, {batches}, {records}"))?;
     }
     if damaged > 0 {
-        bail!("{damaged} segments are damaged");
+        let verb = if damaged == 1 { "is" } else { "are" };
+        bail!("{} {verb} damaged", counted(damaged, "segment"));
     }
     Ok(())
 }

@@ -32,6 +32,11 @@ pub(super) fn print_line(line: &str) -> io::Result<()> {
     out.write_all(b"\n")
 }
 
+/// A number and what it counts, such as `1 record` and `2 records`.
+pub(super) fn counted(count: u64, what: &str) -> String {
+    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
+}
+
 /// Prints rows under a header. Nothing is wrapped, so that other programs find whole values.
 pub(super) fn print_table(columns: &[Column], rows: Vec<Vec<String>>) -> io::Result<()> {
     let mut table = Table::new();

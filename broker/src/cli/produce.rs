@@ -18,7 +18,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
-use super::output::{Format, print_line};
+use super::output::{Format, counted, print_line};
 use super::parse::{self, Pair};
 
 /// No record may be larger, whatever the broker allows; a line beyond it ends the input with an error.
@@ -129,7 +129,7 @@ impl Produce {
         if let Some(separator) = &self.key_separator {
             let separator = separator.as_bytes();
             let Some(at) = line.windows(separator.len()).position(|window| window == separator) else {
-                bail!("has no key separator {:?}", String::from_utf8_lossy(separator));
+                bail!("no key separator {:?}", String::from_utf8_lossy(separator));
             };
             let value = line.split_off(at + separator.len());
             line.truncate(at);
@@ -259,8 +259,10 @@ impl Reporter {
         self.progress.finish_and_clear();
         if self.format == Format::Table {
             print_line(&format!(
-                "{} records acknowledged ({}) in topic {}",
-                self.count, self.ack, self.topic
+                "{} acknowledged ({}) in topic {}",
+                counted(self.count, "record"),
+                self.ack,
+                self.topic
             ))?;
         }
         failure.map_or(Ok(()), Err)

@@ -7,7 +7,7 @@ use felucca_client::{Client, PartitionOffsets, Topic as Described, TopicKind};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::output::{Column, Format, print_json, print_line, print_table};
+use super::output::{Column, Format, counted, print_json, print_line, print_table};
 use super::parse::{Pair, borrowed};
 
 #[derive(Debug, Subcommand)]
@@ -127,7 +127,8 @@ fn done(topic: &Described, format: Format, what: &str) -> anyhow::Result<()> {
     match format {
         Format::Json => print_json(&Shown::new(topic, None))?,
         Format::Table => {
-            print_line(&format!("{what} topic {} ({} partitions)", topic.name, topic.partitions))?;
+            let partitions = counted(topic.partitions.into(), "partition");
+            print_line(&format!("{what} topic {} ({partitions})", topic.name))?;
         }
     }
     Ok(())

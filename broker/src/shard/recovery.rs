@@ -126,7 +126,7 @@ pub(crate) fn start(
     if let Some((file, position)) = &recovered.torn {
         tracing::warn!(file = %file.display(), position, "the journal's end was torn by a crash and has been cut");
     }
-    tracing::info!(checkpoint = from, frames, millis = began.elapsed().as_millis(), "recovered");
+    tracing::info!(checkpoint = from, frames, millis = began.elapsed().as_millis() as u64, "recovered");
 
     if let Err(error) = log.condemn_unknown() {
         tracing::warn!(%error, "cannot look for segments of deleted topics; they stay on disk");
