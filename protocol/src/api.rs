@@ -113,11 +113,6 @@ impl Api {
         Self::Redrive,
         Self::PurgeDeadLetters,
     ];
-
-    /// True for what only the broker sends, unasked.
-    pub fn is_push(self) -> bool {
-        matches!(self, Self::Records | Self::SubscriptionEnded | Self::LeasedRecords)
-    }
 }
 
 impl TryFrom<u8> for Api {
