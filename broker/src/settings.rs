@@ -136,7 +136,7 @@ impl Default for ServerSettings {
             journal: JournalSettings {
                 first_file_bytes: ByteSize::mib(4),
                 file_bytes: ByteSize::mib(64),
-                max_unsynced_bytes: ByteSize::mib(16),
+                max_unsynced_bytes: ByteSize::mib(64),
                 sync_interval: Duration::from_millis(50),
             },
             segment: SegmentSettings { bytes: ByteSize::mib(256) },
@@ -145,7 +145,7 @@ impl Default for ServerSettings {
             open_files: 1024,
             checkpoint: CheckpointSettings {
                 interval: Duration::from_mins(1),
-                journal_bytes: ByteSize::mib(256),
+                journal_bytes: ByteSize::gib(1),
             },
             limits: Limits {
                 topics: 10_000,
