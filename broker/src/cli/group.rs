@@ -268,6 +268,9 @@ impl<'a> Shown<'a> {
             deliveries: one.deliveries,
             failures: one.failures,
         });
+        // The broker has them by topic id.
+        let mut partitions: Vec<_> = partitions.collect();
+        partitions.sort_by_key(|one| (one.topic, one.partition));
         Self {
             group: &group.group,
             kind: kind(group.kind()),
@@ -275,7 +278,7 @@ impl<'a> Shown<'a> {
             config: group.config.iter().map(|entry| (entry.key.as_str(), entry.value.as_str())).collect(),
             totals,
             members: members.collect(),
-            partitions: partitions.collect(),
+            partitions,
         }
     }
 }

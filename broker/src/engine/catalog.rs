@@ -142,7 +142,7 @@ pub(crate) fn check_name(what: &str, name: &str) -> Result<(), EngineError> {
     }
     if name == "." || name == ".." || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
     {
-        return refused("expected letters, digits, '.', '_' and '-'");
+        return refused("expected letters, digits, '.', '_' and '-', and more than dots");
     }
     if name.starts_with(DEAD_LETTER_PREFIX) || name.starts_with(REDRIVE_PREFIX) {
         return refused("names beginning with \"dlq.\" and \"redrive.\" belong to share groups");
