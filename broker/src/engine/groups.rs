@@ -218,6 +218,10 @@ impl Engine {
             }
         } else {
             let group = self.share_group(name)?;
+            if group.hidden {
+                let why = format!("group {name:?} belongs to a dead-letter topic and goes with it");
+                return Err(EngineError::InvalidRequest(why));
+            }
             if !group.members().is_empty() {
                 return Err(EngineError::GroupNotEmpty(name.to_owned()));
             }

@@ -60,7 +60,10 @@ impl Engine {
         // A member that comes back after its session ended keeps what nobody took meanwhile.
         let claims: Vec<PartitionKey> = match &before {
             Some(entry) => owned.iter().filter(|key| entry.holding.contains(key)).copied().collect(),
-            None => owned.iter().filter(|key| !held_by_others(key)).copied().collect(),
+            None => {
+                let exists = |key: &&PartitionKey| self.partitions.contains_key(key);
+                owned.iter().filter(exists).filter(|key| !held_by_others(key)).copied().collect()
+            }
         };
         let entry = group.members.entry(member.into()).or_default();
         entry.last_seen_ms = now.monotonic_ms;

@@ -854,3 +854,37 @@ fn a_member_that_subscribes_again_gets_nothing_on_its_older_subscription() {
     assert!(bench.deliveries.iter().all(|delivery| delivery.subscription == SubscriptionId(2)));
     assert_eq!(bench.offsets().len(), 4);
 }
+
+#[test]
+fn a_member_cannot_claim_partitions_that_do_not_exist() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    let reply = bench.ask(Command::GroupHeartbeat {
+        group: "readers".to_owned(),
+        member: "m".to_owned(),
+        topics: vec!["orders".to_owned()],
+        owned: vec![
+            P0,
+            PartitionKey { topic: TOPIC, partition: 7 },
+            PartitionKey { topic: TopicId([9; 16]), partition: 0 },
+        ],
+        generation: 0,
+        leave: false,
+    });
+    let Reply::Heartbeat { assigned, .. } = reply else { panic!("{reply:?}") };
+    assert_eq!(assigned, [P0, PartitionKey { topic: TOPIC, partition: 1 }]);
+    let Reply::Group(group) = bench.ask(Command::DescribeGroup { group: "readers".to_owned() }) else {
+        panic!()
+    };
+    assert_eq!(group.members[0].assigned, assigned);
+}
+
+#[test]
+fn the_group_behind_a_dead_letter_topic_cannot_be_deleted_alone() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.group(&[]);
+    let Reply::DeadLetters(letters) = bench.ask(Command::ListDeadLetters { group: None }) else { panic!() };
+    let reply = bench.ask(Command::DeleteGroup { group: letters[0].redrive_group.clone() });
+    assert!(matches!(reply, Reply::Error(EngineError::InvalidRequest(_))), "{reply:?}");
+}
