@@ -44,6 +44,9 @@ struct RunArgs {
     /// About a second for each measurement
     #[arg(long)]
     quick: bool,
+    /// Leaves out the limits of the machine
+    #[arg(long)]
+    no_limits: bool,
     /// How often everything is measured; the table has medians
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     reps: u32,
@@ -100,6 +103,7 @@ fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         launcher: launcher.clone(),
         effort,
         repetitions: args.reps,
+        limits: !args.no_limits,
         client_threads: args.client_threads,
         data_dir,
     };

@@ -171,6 +171,8 @@ pub struct Run {
     pub launcher: Launcher,
     pub effort: Effort,
     pub repetitions: u32,
+    /// The machine's limits are measured in each repetition.
+    pub limits: bool,
     /// Threads that run the client's tasks.
     pub client_threads: u32,
     /// On the disk that is measured.
@@ -185,13 +187,12 @@ impl Run {
     pub fn measure(&self, sink: &mut Sink) -> anyhow::Result<()> {
         let version = self.launcher.version();
         for rep in 1..=self.repetitions {
-            let limits = limits::measure(
-                &self.data_dir,
-                self.effort.measured(LIMIT_SECONDS),
-                self.effort.bytes(LIMIT_FILE_BYTES),
-            );
-            for row in limits.context("cannot measure the machine")? {
-                sink.take(Row { rep, ..row })?;
+            if self.limits {
+                let time = self.effort.measured(LIMIT_SECONDS);
+                let limits = limits::measure(&self.data_dir, time, self.effort.bytes(LIMIT_FILE_BYTES));
+                for row in limits.context("cannot measure the machine")? {
+                    sink.take(Row { rep, ..row })?;
+                }
             }
             for workload in &self.workloads {
                 for case in Case::all(&workload.work) {

@@ -35,6 +35,7 @@ async fn every_standard_workload_has_figures() {
         launcher: Launcher::Running(server.local_addr().to_string()),
         effort: EFFORT,
         repetitions: 1,
+        limits: true,
         client_threads: 1,
         data_dir: directory.path().to_path_buf(),
     };
