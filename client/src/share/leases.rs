@@ -218,7 +218,7 @@ mod tests {
         leases.opened(9);
         assert_eq!(leases.hold(&lease(5, 1), 10, TIME), None);
         let owed = message::Credit { subscription: 9, records: 1, bytes: 10 };
-        assert_eq!(leases.hold(&lease(5, 2), 10, TIME), Some(owed.clone()));
+        assert_eq!(leases.hold(&lease(5, 2), 10, TIME), Some(owed));
         assert_eq!(leases.let_go([&lease(5, 1)]), None);
         assert_eq!(leases.let_go([&lease(5, 2)]), Some(owed));
     }
