@@ -34,9 +34,20 @@ pub(crate) struct ConsumerGroup {
     pub(crate) offsets: BTreeMap<PartitionKey, Committed>,
     pub(crate) members: BTreeMap<Arc<str>, Member>,
     pub(crate) generation: u64,
+    /// Why it is not served: what was recovered of it does not fit the log (rule R6).
+    pub(crate) corrupt: Option<String>,
 }
 
 impl ConsumerGroup {
+    /// Looks whether offsets are committed that the partitions do not have.
+    pub(crate) fn check_ends(&mut self, end_of: impl Fn(&PartitionKey) -> u64) {
+        let beyond = self.offsets.iter().find(|(key, committed)| committed.offset > end_of(key));
+        self.corrupt = beyond.map(|(key, committed)| {
+            let (offset, end) = (committed.offset, end_of(key));
+            format!("offset {offset} is committed on partition {key}, which ends at {end}")
+        });
+    }
+
     /// Who should read what: each topic's partitions evenly over the members that want it, moving as few as possible.
     /// `partitions_of` gives the partitions of a topic by name.
     fn target(&self, partitions_of: impl Fn(&str) -> Vec<PartitionKey>) -> BTreeMap<PartitionKey, Arc<str>> {

@@ -252,6 +252,7 @@ impl Engine {
 
     pub(super) fn seek_group(
         &mut self,
+        now: Now,
         lsn: Lsn,
         name: &str,
         topic: &str,
@@ -290,6 +291,7 @@ impl Engine {
             let offsets = resolved.iter().map(committed).collect();
             let event = event::OffsetsCommitted { group: name.to_owned(), offsets };
             self.stage_event(Kind::OffsetsCommitted(event), out);
+            self.check_ends(name);
             return Ok(Reply::Done);
         }
         if !self.share_group(name)?.topics.contains(&id) {
@@ -300,8 +302,15 @@ impl Engine {
         for (key, offset) in &resolved {
             self.start_share(name, *key, *offset, out);
         }
+        let was_corrupt = self.groups.get(name).is_some_and(|group| group.corrupt.is_some());
+        self.check_ends(name);
         if let Some(group) = self.groups.get_mut(name) {
             group.wait_for(lsn, |key| resolved.iter().any(|(moved, _)| moved == key));
+            if was_corrupt {
+                let mut stage = self.desk.stage(now, lsn, out);
+                group.adopt_members(&mut stage);
+                group.settle_in(&mut stage);
+            }
         }
         self.watch_commits(&name.into());
         self.desk.pump.insert(name.into());
@@ -460,7 +469,7 @@ impl Engine {
             return Err(EngineError::InvalidRequest("member id: expected 1 to 200 bytes".to_owned()));
         }
         let max_members = self.settings.max_members_per_group;
-        let group = self.share_group(name)?;
+        let group = self.served_group(name)?;
         if group.members().len() as u64 >= max_members && !group.members().contains_key(member) {
             return Err(EngineError::LimitReached { what: "members of the group", limit: max_members });
         }
@@ -519,7 +528,7 @@ impl Engine {
         settlements: &[Settlement],
         out: &mut Effects,
     ) -> Result<Reply, EngineError> {
-        let group_name = self.share_group(name)?.name.clone();
+        let group_name = self.served_group(name)?.name.clone();
         let Some(group) = self.groups.get_mut(&group_name) else {
             return Err(EngineError::UnknownGroup(name.to_owned()));
         };
@@ -540,7 +549,7 @@ impl Engine {
         outputs: Vec<AppendEntry>,
         out: &mut Effects,
     ) -> Result<Reply, EngineError> {
-        let group_name = self.share_group(name)?.name.clone();
+        let group_name = self.served_group(name)?.name.clone();
         let origin = match self.groups.get(&group_name) {
             Some(group) if group.hidden => Origin::Redrive,
             _ => Origin::Producer,

@@ -93,10 +93,13 @@ impl Engine {
         if self.groups.contains_key(name) {
             return Err(EngineError::WrongGroupKind { group: name.to_owned(), actual: "share" });
         }
-        if !self.consumers.contains_key(name) {
-            super::catalog::check_name("group", name)?;
+        match self.consumers.get(name) {
+            None => super::catalog::check_name("group", name),
+            Some(ConsumerGroup { corrupt: Some(reason), .. }) => {
+                Err(EngineError::GroupCorrupt { group: name.to_owned(), reason: reason.clone() })
+            }
+            Some(_) => Ok(()),
         }
-        Ok(())
     }
 
     fn room_for_consumer_group(&self, name: &str) -> Result<(), EngineError> {
@@ -207,8 +210,13 @@ impl Engine {
         Ok(())
     }
 
-    pub(super) fn fetch_offsets(&self, name: &str, partitions: &[PartitionKey]) -> Reply {
-        let Some(group) = self.consumers.get(name) else { return Reply::Offsets(Vec::new()) };
+    pub(super) fn fetch_offsets(
+        &self,
+        name: &str,
+        partitions: &[PartitionKey],
+    ) -> Result<Reply, EngineError> {
+        let Some(group) = self.consumers.get(name) else { return Ok(Reply::Offsets(Vec::new())) };
+        self.consumer_group_allowed(name)?;
         let wanted =
             group.offsets.iter().filter(|(key, _)| partitions.is_empty() || partitions.contains(key));
         let offsets = wanted.map(|(key, committed)| OffsetCommit {
@@ -216,6 +224,6 @@ impl Engine {
             offset: committed.offset,
             metadata: committed.metadata.clone(),
         });
-        Reply::Offsets(offsets.collect())
+        Ok(Reply::Offsets(offsets.collect()))
     }
 }

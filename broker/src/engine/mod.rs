@@ -224,6 +224,7 @@ impl Engine {
         let names: Vec<Arc<str>> = self.groups.keys().cloned().collect();
         for name in names {
             self.link_dead_letters(&name);
+            self.check_ends(&name);
             if let Some(group) = self.groups.get_mut(&name) {
                 let mut stage = self.desk.stage(now, lsn, out);
                 group.rebuild();
@@ -231,7 +232,23 @@ impl Engine {
                 group.settle_in(&mut stage);
             }
         }
+        let names: Vec<Arc<str>> = self.consumers.keys().cloned().collect();
+        for name in names {
+            self.check_ends(&name);
+        }
         self.watch_consumers(now);
+    }
+
+    /// Looks whether a group of either kind knows of records that its partitions do not have; it is not served then.
+    fn check_ends(&mut self, name: &str) {
+        let partitions = &self.partitions;
+        let end_of = |key: &PartitionKey| partitions.get(key).map_or(0, |partition| partition.end);
+        if let Some(group) = self.groups.get_mut(name) {
+            group.check_ends(end_of);
+        }
+        if let Some(group) = self.consumers.get_mut(name) {
+            group.check_ends(end_of);
+        }
     }
 
     /// Ends a run cleanly; nothing may be staged after it.
@@ -275,7 +292,7 @@ impl Engine {
             Command::CommitOffsets { group, member, generation, offsets } => {
                 self.commit_offsets(now, &group, &member, generation, offsets, out)
             }
-            Command::FetchOffsets { group, partitions } => Ok(self.fetch_offsets(&group, &partitions)),
+            Command::FetchOffsets { group, partitions } => self.fetch_offsets(&group, &partitions),
             Command::CreateShareGroup { group, topics, config, from_end } => {
                 self.create_share_group(now, &group, &topics, &config, from_end, out)
             }
@@ -285,7 +302,7 @@ impl Engine {
             Command::DeleteGroup { group } => self.delete_group(&group, out),
             Command::PauseGroup { group, paused } => self.pause_group(&group, paused, out),
             Command::SeekGroup { group, topic, positions } => {
-                self.seek_group(lsn, &group, &topic, &positions, out)
+                self.seek_group(now, lsn, &group, &topic, &positions, out)
             }
             Command::ListGroups => Ok(self.list_groups()),
             Command::DescribeGroup { group } => self.describe_group(&group),
@@ -421,6 +438,15 @@ impl Engine {
             return Err(EngineError::WrongGroupKind { group: name.to_owned(), actual: "consumer" });
         }
         self.groups.get_mut(name).ok_or_else(|| EngineError::UnknownGroup(name.to_owned()))
+    }
+
+    /// A share group whose members may be served.
+    fn served_group(&mut self, name: &str) -> Result<&mut ShareGroup, EngineError> {
+        let group = self.share_group(name)?;
+        match &group.corrupt {
+            None => Ok(group),
+            Some(reason) => Err(EngineError::GroupCorrupt { group: name.to_owned(), reason: reason.clone() }),
+        }
     }
 
     /// Notes the partitions of a group in which keys may wait for a commit.

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use felucca_protocol::batch::{self, BatchBuilder, BatchHeader};
+use prost::Message;
 
 use super::command::{
     AppendEntry, Command, FailureDetail, LeaseRef, OffsetCommit, Outcome, ScannedRecord, SeekTo, Settlement,
@@ -10,6 +11,7 @@ use super::command::{
 use super::config::EngineSettings;
 use super::effect::{Delivery, Effects, RecordState, Reply, SettleResult, SettleStatus};
 use super::error::EngineError;
+use super::event::PartitionRow;
 use super::types::{LeaseId, Level, Lsn, Now, PartitionKey, RequestId, SubscriptionId, TopicId};
 use super::{Engine, share};
 
@@ -887,4 +889,58 @@ fn the_group_behind_a_dead_letter_topic_cannot_be_deleted_alone() {
     let Reply::DeadLetters(letters) = bench.ask(Command::ListDeadLetters { group: None }) else { panic!() };
     let reply = bench.ask(Command::DeleteGroup { group: letters[0].redrive_group.clone() });
     assert!(matches!(reply, Reply::Error(EngineError::InvalidRequest(_))), "{reply:?}");
+}
+
+#[test]
+fn a_group_that_knows_more_than_the_log_has_is_not_served_until_it_is_moved() {
+    let (mut bench, lease) = leased(&[]);
+    bench.append(None, 4).unwrap();
+    bench.settle("a", lease, Outcome::Ack);
+    let commit = OffsetCommit { partition: P0, offset: 5, metadata: String::new() };
+    bench.ask(Command::CommitOffsets {
+        group: "readers".to_owned(),
+        member: String::new(),
+        generation: 0,
+        offsets: vec![commit.clone()],
+    });
+    let rows = bench.engine.take_dirty_rows();
+    bench.engine = Engine::new(EngineSettings::default());
+    for (key, value) in rows {
+        let mut value = value.unwrap();
+        if let Ok(mut row) = PartitionRow::decode(&value[..])
+            && key[0] == 2
+            && row.topic_id == TOPIC.0
+        {
+            row.end = 0;
+            value = row.encode_to_vec();
+        }
+        bench.engine.restore_row(&key, &value).unwrap();
+    }
+    bench.boot_as("machine");
+    let subscribe = || Command::ShareSubscribe {
+        subscription: SubscriptionId(7),
+        group: "pay".to_owned(),
+        member: "a".to_owned(),
+        credit_records: 1,
+        credit_bytes: 1,
+        held: Vec::new(),
+    };
+    let settle = Command::Settle {
+        group: "pay".to_owned(),
+        member: "a".to_owned(),
+        level: Level::Synced,
+        settlements: Vec::new(),
+    };
+    let fetch = || Command::FetchOffsets { group: "readers".to_owned(), partitions: Vec::new() };
+    for command in [subscribe(), settle, fetch()] {
+        let reply = bench.ask(command);
+        assert!(matches!(reply, Reply::Error(EngineError::GroupCorrupt { .. })), "{reply:?}");
+    }
+    for group in ["pay", "readers"] {
+        let (group, topic) = (group.to_owned(), "orders".to_owned());
+        let positions = vec![(0, SeekTo::End)];
+        assert_eq!(bench.ask(Command::SeekGroup { group, topic, positions }), Reply::Done);
+    }
+    assert_eq!(bench.ask(subscribe()), Reply::Done);
+    assert_eq!(bench.ask(fetch()), Reply::Offsets(vec![OffsetCommit { offset: 0, ..commit }]));
 }

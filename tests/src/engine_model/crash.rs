@@ -1,8 +1,11 @@
 //! Crashes, and opening again: from the journal alone, and from a checkpoint with the rest of the journal.
 
 use felucca_broker::engine::Engine;
-use felucca_broker::engine::effect::Effects;
-use felucca_broker::engine::event::{MetaRow, ShareRow};
+use felucca_broker::engine::command::Command;
+use felucca_broker::engine::effect::{Effects, Reply};
+use felucca_broker::engine::error::EngineError;
+use felucca_broker::engine::event::{MetaRow, PartitionRow, ShareRow};
+use felucca_broker::engine::types::{RequestId, SubscriptionId};
 use prost::Message;
 use roaring::RoaringTreemap;
 
@@ -11,6 +14,7 @@ use super::world::World;
 
 /// Tags of checkpoint rows, and states in them, as docs and `journal.proto` number them.
 const META_ROW: u8 = 0;
+const PARTITION_ROW: u8 = 2;
 const SHARE_ROW: u8 = 5;
 const AVAILABLE: u32 = 1;
 const SCHEDULED: u32 = 2;
@@ -53,6 +57,9 @@ impl World {
         for fact in facts {
             self.check_fact(&fact);
         }
+        if self.rng.chance(20) {
+            self.open_damaged(self.machine - u64::from(power));
+        }
         self.synced = survived;
         let pause = if self.rng.chance(50) { 0 } else { self.rng.below(500) };
         self.now.monotonic_ms = self.engine.monotonic_ms() + pause;
@@ -94,6 +101,52 @@ impl World {
         }
         put_rows(&mut rows, engine.take_dirty_rows());
         (engine, rows)
+    }
+
+    /// Opens rows in which a partition ends too early: groups that know more of it must not be served, others must.
+    fn open_damaged(&self, machine: u64) {
+        let Some((key, log)) = self.model.logs.iter().find(|(_, log)| log.end > 0) else { return };
+        let mut engine = Engine::new(self.settings.clone());
+        for (name, value) in &self.rows {
+            let mut value = value.clone();
+            if name.first() == Some(&PARTITION_ROW) {
+                let mut row = PartitionRow::decode(value.as_slice()).expect("a partition row");
+                if (row.topic_id.as_slice(), row.partition) == (&key.topic.0[..], key.partition) {
+                    row.end = 0;
+                    value = row.encode_to_vec();
+                }
+            }
+            engine.restore_row(name, &value).expect("rows that can be read");
+        }
+        let mut out = Effects::default();
+        // The same run of the machine: nothing is taken for lost with the power.
+        engine.boot(self.now, self.lsn(), &format!("machine {machine}"), &mut out);
+        self.note(|| format!("opened with {key} cut from {} to 0", log.end));
+        let mut ask = |command: Command| {
+            engine.step(self.now, self.lsn(), Some(RequestId(1)), command, &mut out);
+            out.replies.pop().expect("an answer").reply
+        };
+        for (group, share) in &self.model.shares {
+            let knows = share.parts.get(key).is_some_and(|part| part.start > 0 || !part.records.is_empty());
+            let subscribe = Command::ShareSubscribe {
+                subscription: SubscriptionId(1),
+                group: group.clone(),
+                member: "ann".to_owned(),
+                credit_records: 1,
+                credit_bytes: 1,
+                held: Vec::new(),
+            };
+            let reply = ask(subscribe);
+            let refused = matches!(reply, Reply::Error(EngineError::GroupCorrupt { .. }));
+            assert!(refused || !knows, "{group} is served without its records: {reply:?}");
+            assert!(!refused || share.parts.contains_key(key), "{group} has nothing there: {reply:?}");
+        }
+        for (group, consumer) in &self.model.consumers {
+            let knows = consumer.offsets.get(key).is_some_and(|(offset, _)| *offset > 0);
+            let reply = ask(Command::FetchOffsets { group: group.clone(), partitions: Vec::new() });
+            let refused = matches!(reply, Reply::Error(EngineError::GroupCorrupt { .. }));
+            assert_eq!(refused, knows, "{group}: {reply:?}");
+        }
     }
 
     pub(crate) fn checkpoint(&mut self) {

@@ -69,6 +69,8 @@ pub struct ShareGroup {
     /// A redrive group: not listed, no dead-letter topic of its own.
     pub(crate) hidden: bool,
     pub(crate) topics: Vec<TopicId>,
+    /// Why it is not served: what was recovered of it does not fit the log (rule R6).
+    pub(crate) corrupt: Option<String>,
     /// Where the exhausted records of a topic go; a topic without one holds them.
     pub(crate) dead_letter_topics: BTreeMap<TopicId, TopicId>,
     partitions: BTreeMap<PartitionKey, SharePartition>,
@@ -98,6 +100,7 @@ impl ShareGroup {
             paused,
             hidden,
             topics,
+            corrupt: None,
             dead_letter_topics: BTreeMap::new(),
             partitions: BTreeMap::new(),
             members: BTreeMap::new(),
@@ -155,8 +158,21 @@ impl ShareGroup {
         }
     }
 
-    /// Sets the timers and asks for the dead letters of every partition, after a rebuild.
+    /// Looks whether the group knows of records that its partitions do not have.
+    pub(crate) fn check_ends(&mut self, end_of: impl Fn(&PartitionKey) -> u64) {
+        let beyond =
+            self.partitions.iter().find(|(key, partition)| partition.state.known_end() > end_of(key));
+        self.corrupt = beyond.map(|(key, partition)| {
+            let (known, end) = (partition.state.known_end(), end_of(key));
+            format!("its state on partition {key} reaches to offset {known}, the partition ends at {end}")
+        });
+    }
+
+    /// Sets the timers and asks for the dead letters of every partition, after a rebuild. A group that is not served rests.
     pub(crate) fn settle_in(&mut self, stage: &mut Stage<'_>) {
+        if self.corrupt.is_some() {
+            return;
+        }
         let keys: Vec<PartitionKey> = self.partitions.keys().copied().collect();
         for key in keys {
             self.after_change(stage, key);
@@ -275,6 +291,9 @@ impl ShareGroup {
 
     /// Gives every member that holds a lease a session, after a start.
     pub(crate) fn adopt_members(&mut self, stage: &mut Stage<'_>) {
+        if self.corrupt.is_some() {
+            return;
+        }
         let holders: BTreeSet<Arc<str>> = self
             .partitions
             .values()

@@ -242,6 +242,15 @@ impl ShareState {
         [exception, undecided].into_iter().flatten().min()
     }
 
+    /// First offset of which nothing is known: never beyond the end of the partition.
+    pub(crate) fn known_end(&self) -> u64 {
+        let settled = self.settled.max();
+        let listed = self.exceptions.keys().next_back().copied();
+        let leased = self.leases.keys().next_back().copied();
+        let last = [settled, listed, leased].into_iter().flatten().max();
+        last.map_or(0, |last| last + 1).max(self.low)
+    }
+
     /// Deliveries and failures so far of an offset.
     pub(crate) fn attempts(&self, offset: u64) -> (u32, u32) {
         match self.exceptions.get(&offset) {

@@ -47,7 +47,9 @@ impl Model {
             _ => {}
         }
         let Some(record) = part.records.get(&offset) else {
-            return if offset >= part.start { vec![Stale] } else { vec![Stale, long_ago] };
+            // A record that is not there, or is none of the group's business, counts as done with.
+            let is_there = self.logs[&partition].entries.contains_key(&offset) && offset >= part.start;
+            return if is_there { vec![Stale] } else { vec![Stale, long_ago] };
         };
         let mut right = Vec::new();
         if record.lease == lease && record.lease_deadline().is_some() {
