@@ -57,6 +57,8 @@ struct Desk {
     high_watermarks: BTreeMap<PartitionKey, u64>,
     boot_epoch: u64,
     next_sequence: u64,
+    /// Steps so far: the steps of a turn are given the same entropy, and must not draw the same from it.
+    steps: u64,
     session_timeout_ms: u64,
     max_leases: u64,
     max_exceptions: u64,
@@ -265,7 +267,9 @@ impl Engine {
         command: Command,
         out: &mut Effects,
     ) {
-        let (reply, level) = self.dispatch(now, lsn, command, out);
+        self.desk.steps += 1;
+        let entropy = config::mix(now.entropy.wrapping_add(self.desk.steps));
+        let (reply, level) = self.dispatch(Now { entropy, ..now }, lsn, command, out);
         if let Some(request) = request {
             out.replies.push(PendingReply { request, level, reply });
         }

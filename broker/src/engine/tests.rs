@@ -944,3 +944,17 @@ fn a_group_that_knows_more_than_the_log_has_is_not_served_until_it_is_moved() {
     assert_eq!(bench.ask(subscribe()), Reply::Done);
     assert_eq!(bench.ask(fetch()), Reply::Offsets(vec![OffsetCommit { offset: 0, ..commit }]));
 }
+
+#[test]
+fn two_groups_created_in_one_turn_get_topics_of_their_own() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    let mut out = Effects::default();
+    for group in ["pay", "mail"] {
+        let (group, topics, config) = (group.to_owned(), vec!["orders".to_owned()], Vec::new());
+        let create = Command::CreateShareGroup { group, topics, config, from_end: false };
+        bench.engine.step(bench.now, bench.lsn, Some(RequestId(1)), create, &mut out);
+    }
+    let replies: Vec<&Reply> = out.replies.iter().map(|pending| &pending.reply).collect();
+    assert_eq!(replies, [&Reply::Done, &Reply::Done]);
+}
