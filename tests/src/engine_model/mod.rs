@@ -29,7 +29,7 @@ use rng::Rng;
 use world::World;
 
 /// Lines kept to tell how a run came to fail.
-const TRACE_LINES: usize = 150;
+const TRACE_LINES: usize = 300;
 
 /// The last things that happened.
 #[derive(Clone, Debug, Default)]

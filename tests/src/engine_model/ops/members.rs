@@ -57,6 +57,10 @@ impl World {
         };
         assert_eq!(self.ask(command, Level::Synced), Reply::Done);
         self.live.members.insert((group.to_owned(), member.to_owned()), self.now.monotonic_ms);
+        // A member has one subscription: the new one takes the place of the old.
+        self.live
+            .subscriptions
+            .retain(|_, older| (older.group.as_str(), older.member.as_str()) != (group, member));
         self.model.give_back(self.moment(), group, member, &held);
         let subscription = Subscription {
             group: group.to_owned(),
