@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use felucca_broker::engine::command::{Command, OffsetCommit};
 use felucca_broker::engine::effect::Reply;
 use felucca_broker::engine::error::EngineError;
-use felucca_broker::engine::types::{Level, PartitionKey};
+use felucca_broker::engine::types::{Level, PartitionKey, TopicId};
 
 use crate::engine_model::world::World;
 
@@ -32,6 +32,9 @@ impl World {
         }
         if self.rng.chance(10) {
             owned.extend(self.any_partition());
+        }
+        if self.rng.chance(3) {
+            owned.insert(PartitionKey { topic: TopicId([9; 16]), partition: 9 });
         }
         self.heartbeat_as(&group, &member, topics, owned, leave);
     }
@@ -75,6 +78,7 @@ impl World {
             let name = self.model.topics.get(&key.topic).map(|topic| &topic.name);
             assert!(name.is_some_and(|name| topics.contains(name)), "{member} was given {key}");
         }
+        let owned = owned.into_iter().filter(|key| self.model.logs.contains_key(key)).collect();
         let consumer = self.model.consumers.entry(group.to_owned()).or_default();
         consumer.heard(member, topics, &owned, &assigned);
         assert_eq!(generation, consumer.generation, "generation of {group}");

@@ -252,11 +252,12 @@ impl World {
         let names: Vec<String> =
             self.model.shares.keys().chain(self.model.consumers.keys()).cloned().collect();
         let Some(group) = self.rng.pick(&names).cloned() else { return };
-        if self.model.shares.get(&group).is_some_and(|share| share.hidden) {
-            return;
-        }
         self.note(|| format!("delete group {group}"));
         let command = Command::DeleteGroup { group: group.clone() };
+        if self.model.shares.get(&group).is_some_and(|share| share.hidden) {
+            self.refused(command, |error| matches!(error, EngineError::InvalidRequest(_)));
+            return;
+        }
         let has_members = match self.model.consumers.get(&group) {
             Some(consumer) => !consumer.members.is_empty(),
             None => !self.live.group_members(&group).is_empty(),
