@@ -50,6 +50,8 @@ mod connection;
 mod consumer;
 mod error;
 mod link;
+#[cfg(test)]
+mod link_tests;
 mod producer;
 mod record;
 mod share;

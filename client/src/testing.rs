@@ -151,7 +151,18 @@ impl FakeConnection {
         self.send(Kind::Push, api, subscription, push, payload).await;
     }
 
-    async fn send(&mut self, kind: Kind, api: Api, correlation: u64, message: &impl Message, payload: &[u8]) {
+    pub(crate) async fn raw(&mut self, bytes: &[u8]) {
+        self.socket.write_all(bytes).await.unwrap();
+    }
+
+    pub(crate) async fn send(
+        &mut self,
+        kind: Kind,
+        api: Api,
+        correlation: u64,
+        message: &impl Message,
+        payload: &[u8],
+    ) {
         let mut bytes = BytesMut::new();
         frame::encode(&mut bytes, kind, api, correlation, message, payload.len());
         bytes.extend_from_slice(payload);

@@ -60,6 +60,7 @@ impl Leases {
         let held = Held { lease: lease.clone(), bytes, duration, extend_at, keep: true, settling: false };
         let mut state = self.state.lock();
         let older = state.held.insert(key(lease), held)?;
+        self.changed.notify_waiters();
         state.owed_records = state.owed_records.saturating_add(1);
         state.owed_bytes = state.owed_bytes.saturating_add(older.bytes);
         state.credit()
