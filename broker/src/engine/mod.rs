@@ -268,8 +268,10 @@ impl Engine {
         out: &mut Effects,
     ) {
         self.desk.steps += 1;
+        let already_ended = out.ended.len();
         let entropy = config::mix(now.entropy.wrapping_add(self.desk.steps));
         let (reply, level) = self.dispatch(Now { entropy, ..now }, lsn, command, out);
+        self.forget_ended(out, already_ended);
         if let Some(request) = request {
             out.replies.push(PendingReply { request, level, reply });
         }
@@ -407,7 +409,9 @@ impl Engine {
                 }
                 TimerKey::Session(name, member) => {
                     if let Some(group) = self.groups.get_mut(&name) {
+                        let already_ended = out.ended.len();
                         group.session_timer(&mut self.desk.stage(now, lsn, out), &member);
+                        self.forget_ended(out, already_ended);
                         self.watch_commits(&name);
                     }
                 }
@@ -426,6 +430,13 @@ impl Engine {
             if let Some(group) = self.groups.get_mut(&name) {
                 group.pump(&mut self.desk.stage(now, lsn, out));
             }
+        }
+    }
+
+    /// Forgets the subscriptions that the engine ended itself; their connections need not say so again.
+    fn forget_ended(&mut self, out: &Effects, already: usize) {
+        for (id, _) in &out.ended[already..] {
+            self.subscriptions.remove(id);
         }
     }
 

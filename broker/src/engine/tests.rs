@@ -592,6 +592,26 @@ fn an_exhausted_record_is_dead_lettered_in_one_frame_and_once_also_after_a_crash
 }
 
 #[test]
+fn who_redrives_a_dead_letter_topic_is_told_when_it_goes() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.group(&[]);
+    let reply = bench.ask(Command::ShareSubscribe {
+        subscription: SubscriptionId(1),
+        group: "redrive.pay.orders".to_owned(),
+        member: "redriver".to_owned(),
+        credit_records: 1,
+        credit_bytes: 1,
+        held: Vec::new(),
+    });
+    assert_eq!(reply, Reply::Done);
+    bench.ask(Command::DeleteGroup { group: "pay".to_owned() });
+    bench.ask(Command::DeleteTopic { name: "dlq.pay.orders".to_owned() });
+    assert_eq!(bench.ended, [SubscriptionId(1)]);
+    assert!(bench.engine.subscriptions.is_empty());
+}
+
+#[test]
 fn producers_may_not_write_to_a_dead_letter_topic() {
     let mut bench = Bench::new();
     bench.topic(&[]);

@@ -102,6 +102,8 @@ impl Engine {
         let kept = entry.topics.iter().filter(|id| **id != topic.id && Some(**id) != redrive);
         let topic_ids: Vec<Vec<u8>> = kept.map(|id| id.0.to_vec()).collect();
         if entry.hidden && topic_ids.is_empty() {
+            let gone = EngineError::UnknownGroup(group.to_string());
+            out.ended.extend(entry.subscriptions().map(|id| (id, gone.clone())));
             self.stage_event(Kind::GroupDeleted(event::GroupDeleted { group: group.to_string() }), out);
             return;
         }

@@ -183,6 +183,10 @@ impl ShareGroup {
         &self.members
     }
 
+    pub(crate) fn subscriptions(&self) -> impl Iterator<Item = SubscriptionId> {
+        self.subscriptions.keys().copied()
+    }
+
     pub(crate) fn leases_of(&self, member: &str) -> u64 {
         let of_partition = |partition: &SharePartition| {
             partition.state.leases().values().filter(|lease| &*lease.member == member).count()
