@@ -107,7 +107,13 @@ impl World {
     }
 
     pub(crate) fn append_to_model(&mut self, batch: &Appended, origin: Option<super::model::log::Origin>) {
-        self.model.appended(&batch.key, batch.base, &batch.entries, origin);
+        self.model.appended(
+            &batch.key,
+            batch.base,
+            &batch.entries,
+            origin,
+            self.settings.max_producers_per_partition,
+        );
         let early = self.model.topics[&batch.key.topic].early;
         let end = batch.base + batch.entries.len() as u64;
         self.live.raised(batch.key, self.lsn(), end, early);

@@ -21,7 +21,8 @@ const SCHEDULED: u32 = 2;
 
 impl World {
     /// The process is killed (everything written stays) or the power goes (some of what was not synced stays).
-    pub(crate) fn crash(&mut self, power: bool) {
+    /// After a stop (`stopped`) nothing may be missing.
+    pub(crate) fn crash(&mut self, power: bool, stopped: bool) {
         let written = self.written();
         let survived = if power { self.rng.between(self.synced, written) } else { written };
         self.note(|| format!("CRASH power={power}: frames up to {survived} of {written} survive"));
@@ -65,7 +66,7 @@ impl World {
         self.now.monotonic_ms = self.engine.monotonic_ms() + pause;
         self.now.wall_ms += self.rng.below(100_000).cast_signed() - 20_000;
         self.now.entropy = self.rng.bits();
-        self.boot(forgotten);
+        self.boot(forgotten, power && !stopped);
         self.compare_groups();
     }
 

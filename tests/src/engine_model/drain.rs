@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use felucca_broker::engine::command::{Command, Outcome, Settlement};
 use felucca_broker::engine::types::Level;
 
+use super::model::consumers::{Consumer, Member};
 use super::model::share::State;
 use super::world::{Fate, World};
 
@@ -49,7 +50,12 @@ impl World {
     pub(crate) fn drain(&mut self) {
         self.unreadable = 0;
         self.settle_down();
+        self.converge();
+        // The others go home; their sessions end.
+        self.held.clear();
+        self.advance(self.session_ms);
         self.begin_turn();
+        self.tick();
         let groups: Vec<String> = self.model.shares.keys().cloned().collect();
         for group in &groups {
             self.pause(group, false);
@@ -79,6 +85,33 @@ impl World {
                 self.live.members.insert((group.clone(), "zoe".to_owned()), self.now.monotonic_ms);
             }
             self.end_turn(Fate::Released);
+        }
+    }
+
+    /// Members that give back what they are asked to give back end with even shares of every topic.
+    fn converge(&mut self) {
+        let topics: Vec<String> = self.model.topics.values().map(|topic| topic.name.clone()).collect();
+        let groups: Vec<(String, Consumer)> =
+            self.model.consumers.iter().map(|(name, consumer)| (name.clone(), consumer.clone())).collect();
+        for (group, consumer) in groups.iter().filter(|(_, consumer)| !consumer.members.is_empty()) {
+            let members: Vec<&String> = consumer.members.keys().collect();
+            for _ in 0..2 * members.len() + 1 {
+                for member in &members {
+                    self.begin_turn();
+                    let owned = self.assigned.get(&(group.clone(), (*member).clone())).cloned();
+                    self.heartbeat_as(group, member, topics.clone(), owned.unwrap_or_default(), false);
+                    self.end_turn(Fate::Released);
+                }
+            }
+            let shares = &self.model.consumers[group].members;
+            for id in self.model.topics.keys() {
+                let keys = self.model.topic_keys(*id);
+                let of = |member: &Member| keys.iter().filter(|key| member.holding.contains(key)).count();
+                let counts: Vec<usize> = shares.values().map(of).collect();
+                assert_eq!(counts.iter().sum::<usize>(), keys.len(), "{group} does not read all of {id}");
+                let (least, most) = (counts.iter().min(), counts.iter().max());
+                assert!(most.unwrap_or(&0) - least.unwrap_or(&0) <= 1, "{group} on {id}: {counts:?}");
+            }
         }
     }
 

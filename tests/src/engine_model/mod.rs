@@ -68,6 +68,9 @@ fn play(seed: u64, turns: u64, trace: Trace) {
         max_leases: [2, 10_000][usize::from(rng.chance(85))],
         max_exceptions: [3, 10_000][usize::from(rng.chance(85))],
         max_topics: [6, 10_000][usize::from(rng.chance(85))],
+        max_groups: [4, 10_000][usize::from(rng.chance(85))],
+        max_members_per_group: [2, 10_000][usize::from(rng.chance(85))],
+        max_producers_per_partition: [2, 10_000][usize::from(rng.chance(85))],
         ..EngineSettings::default()
     };
     let weights = Weights::draw(&mut rng);

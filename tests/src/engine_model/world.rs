@@ -1,7 +1,7 @@
 //! A stand-in for the shard: drives the engine in turns, keeps the journal, releases what may leave, and holds every step
 //! against the model.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use felucca_broker::engine::Engine;
 use felucca_broker::engine::command::{Command, LeaseRef};
@@ -9,7 +9,7 @@ use felucca_broker::engine::config::EngineSettings;
 use felucca_broker::engine::effect::{
     Advance, DeadLetterRead, Delivery, Effects, PendingReply, Reply, Scan, SettleStatus,
 };
-use felucca_broker::engine::types::{LeaseId, Level, Lsn, Now, RequestId, SubscriptionId};
+use felucca_broker::engine::types::{LeaseId, Level, Lsn, Now, PartitionKey, RequestId, SubscriptionId};
 
 use super::Trace;
 use super::model::live::Live;
@@ -85,6 +85,8 @@ pub(crate) struct World {
     pub(crate) held: Vec<Held>,
     /// Leases that were held once.
     pub(crate) archive: Vec<Held>,
+    /// What each member of a consumer group, (group, member), was given last.
+    pub(crate) assigned: BTreeMap<(String, String), BTreeSet<PartitionKey>>,
     /// How many of a hundred dead letters cannot be made.
     pub(crate) unreadable: u64,
     /// How many of a hundred records have a key.
@@ -129,13 +131,14 @@ impl World {
             letters: Vec::new(),
             held: Vec::new(),
             archive: Vec::new(),
+            assigned: BTreeMap::new(),
             unreadable: 0,
             keyed: 70,
             next_value: 0,
             next_subscription: 0,
             was_busy: false,
         };
-        world.boot(0);
+        world.boot(0, false);
         world
     }
 
@@ -163,8 +166,9 @@ impl World {
 
     // ---- Turns ----
 
-    /// Begins a run on what the engine holds; everything that it holds is on the device. `forgotten`: see [`Live`].
-    pub(crate) fn boot(&mut self, forgotten: Lsn) {
+    /// Begins a run on what the engine holds; everything that it holds is on the device. `forgotten`: see [`Live`];
+    /// `may_lack`: unsynced writes may be gone.
+    pub(crate) fn boot(&mut self, forgotten: Lsn, may_lack: bool) {
         self.out = Effects::default();
         (self.seen_writes, self.seen_deliveries, self.seen_reads) = (0, 0, 0);
         self.pending.clear();
@@ -175,7 +179,7 @@ impl World {
         let machine = format!("machine {}", self.machine);
         let (now, lsn) = (self.now, self.lsn());
         self.engine.boot(now, lsn, &machine, &mut self.out);
-        self.adopt_gaps();
+        self.adopt_gaps(may_lack);
         self.live = Live::boot(&self.model, now.monotonic_ms, lsn, forgotten);
         self.absorb();
         assert!(!self.out.events.is_empty(), "a boot is an event");
@@ -184,11 +188,11 @@ impl World {
     }
 
     /// After a power loss a partition that had shown unsynced offsets goes on above them.
-    fn adopt_gaps(&mut self) {
+    fn adopt_gaps(&mut self, may_lack: bool) {
         for info in self.engine.partitions() {
             let log = self.model.logs.get_mut(&info.partition).expect("a partition that the model has");
             assert!(
-                info.end == log.end || (log.was_written && info.end > log.end),
+                info.end == log.end || (may_lack && log.was_written && info.end > log.end),
                 "{} ends at {}, expected {}",
                 info.partition,
                 info.end,
@@ -220,11 +224,9 @@ impl World {
                 consumer.gone(member);
             }
         }
-        let before = self.out.ended.len();
+        let already = self.out.ended.len();
         self.engine.tick(now, lsn, &mut self.out);
-        let ended: std::collections::BTreeSet<SubscriptionId> =
-            self.out.ended[before..].iter().map(|(id, _)| *id).collect();
-        assert_eq!(ended, lost.ended, "subscriptions ended by lost sessions");
+        assert_eq!(self.ended_since(already), lost.ended, "subscriptions ended by lost sessions");
         self.absorb();
         self.check_fresh();
     }
@@ -257,6 +259,14 @@ impl World {
         let lsn = self.written();
         self.pending.push_back(Pending { lsn, advances, replies, deliveries });
         self.release();
+    }
+
+    /// Ends the run as it should end: the last frame says so and is synced.
+    pub(crate) fn stop(&mut self) {
+        self.note(|| "stop".to_owned());
+        self.engine.stop(&mut self.out);
+        self.end_turn(Fate::Released);
+        self.sync(self.written());
     }
 
     /// Frames up to `lsn` have reached the device.
@@ -359,6 +369,11 @@ impl World {
         self.engine.step(now, lsn, None, command, &mut self.out);
         assert_eq!(self.out.replies.len(), before, "nobody asked");
         self.absorb();
+    }
+
+    /// Subscriptions that the engine ended in this turn, but for the first ones.
+    pub(crate) fn ended_since(&self, already: usize) -> BTreeSet<SubscriptionId> {
+        self.out.ended[already..].iter().map(|(id, _)| *id).collect()
     }
 
     pub(crate) fn staged_events(&self) -> usize {

@@ -114,11 +114,12 @@ impl Live {
         Lost { members, consumers, ended }
     }
 
-    /// A group is gone, with its members.
-    pub(crate) fn drop_group(&mut self, group: &str) {
+    /// A group is gone, with its members; answers their subscriptions.
+    pub(crate) fn drop_group(&mut self, group: &str) -> BTreeSet<SubscriptionId> {
         self.members.retain(|(name, _), _| name != group);
         self.consumers.retain(|(name, _), _| name != group);
-        self.subscriptions.retain(|_, subscription| subscription.group != group);
+        let ended = self.subscriptions.extract_if(.., |_, subscription| subscription.group == group);
+        ended.map(|(id, _)| id).collect()
     }
 
     /// When the first session ends.

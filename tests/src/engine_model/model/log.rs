@@ -92,6 +92,7 @@ impl Model {
         base: u64,
         entries: &[Entry],
         origin: Option<Origin>,
+        max_producers: u64,
     ) {
         let log = self.logs.get_mut(key).expect("an append to a partition that the model does not have");
         assert_eq!(base, log.end, "offsets of {key} are not dense");
@@ -100,6 +101,12 @@ impl Model {
         }
         log.end += entries.len() as u64;
         let Some(origin) = origin else { return };
+        if !log.producers.contains_key(&origin.producer) && log.producers.len() as u64 >= max_producers {
+            // The one that was silent longest is forgotten.
+            let last = |(id, producer): (&u64, &Producer)| (producer.sent.back().map(|s| s.base_offset), *id);
+            let silent = log.producers.iter().map(last).min().map(|(_, id)| id);
+            log.producers.retain(|id, _| Some(*id) != silent);
+        }
         let fresh = || Producer { epoch: origin.epoch, sent: VecDeque::new() };
         let producer = log.producers.entry(origin.producer).or_insert_with(fresh);
         if producer.epoch != origin.epoch {

@@ -85,6 +85,9 @@ impl Model {
             }
             State::Settled { lsn, at_ms, .. } => {
                 right.push(Stale);
+                // What is remembered is how the last lease ended, be it long before the dead letter was there.
+                let ended = record.past.last().filter(|past| past.lease == record.lease);
+                let (lsn, at_ms) = ended.map_or((lsn, at_ms), |past| (past.lsn, past.at_ms));
                 if !remembered(lsn, at_ms) {
                     right.push(long_ago);
                 }

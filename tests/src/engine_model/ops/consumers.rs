@@ -61,6 +61,14 @@ impl World {
             self.refused(command, |error| matches!(error, EngineError::WrongGroupKind { .. }));
             return;
         }
+        let is_full = self.model.consumers.get(group).is_some_and(|consumer| {
+            let members = consumer.members.len() as u64;
+            members >= self.settings.max_members_per_group && !consumer.members.contains_key(member)
+        });
+        if !leave && (is_full || !self.room_for_group(group)) {
+            self.refused(command, |error| matches!(error, EngineError::LimitReached { .. }));
+            return;
+        }
         let reply = self.ask(command, Level::Synced);
         let Reply::Heartbeat { generation, assigned, .. } = reply else { panic!("{reply:?}") };
         let session = (group.to_owned(), member.to_owned());
@@ -72,8 +80,9 @@ impl World {
             }
             return;
         }
-        self.live.consumers.insert(session, self.now.monotonic_ms);
+        self.live.consumers.insert(session.clone(), self.now.monotonic_ms);
         let assigned: BTreeSet<PartitionKey> = assigned.into_iter().collect();
+        self.assigned.insert(session, assigned.clone());
         for key in &assigned {
             let name = self.model.topics.get(&key.topic).map(|topic| &topic.name);
             assert!(name.is_some_and(|name| topics.contains(name)), "{member} was given {key}");
@@ -82,6 +91,11 @@ impl World {
         let consumer = self.model.consumers.entry(group.to_owned()).or_default();
         consumer.heard(member, topics, &owned, &assigned);
         assert_eq!(generation, consumer.generation, "generation of {group}");
+    }
+
+    fn room_for_group(&self, group: &str) -> bool {
+        let groups = (self.model.shares.len() + self.model.consumers.len()) as u64;
+        self.model.consumers.contains_key(group) || groups < self.settings.max_groups
     }
 
     pub(crate) fn commit_offsets(&mut self) {
@@ -110,6 +124,10 @@ impl World {
         }
         if outside && has_members {
             self.refused(command, |error| matches!(error, EngineError::GroupNotEmpty(_)));
+            return;
+        }
+        if !self.room_for_group(&group) {
+            self.refused(command, |error| matches!(error, EngineError::LimitReached { .. }));
             return;
         }
         let reply = self.ask(command, Level::Synced);

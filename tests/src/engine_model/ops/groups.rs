@@ -110,6 +110,14 @@ impl World {
                 }
             }
         }
+        let groups = (self.model.shares.len() + self.model.consumers.len()) as u64;
+        let hidden = sources
+            .values()
+            .filter(|topic| topic.kind == Kind::Standard)
+            .filter(|topic| self.model.topic_named(&letters_name(name, &topic.name)).is_none());
+        if groups + 1 + hidden.count() as u64 > self.settings.max_groups {
+            return true;
+        }
         let there: u64 = self.model.topics.values().map(|topic| u64::from(topic.partitions)).sum();
         self.model.topics.len() as u64 + topics > self.settings.max_topics
             || there + partitions > self.settings.max_partitions

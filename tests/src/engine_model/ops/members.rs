@@ -9,6 +9,7 @@ use felucca_broker::engine::types::{LeaseId, Level, PartitionKey, SubscriptionId
 use crate::engine_model::answers::staged;
 use crate::engine_model::model::Name;
 use crate::engine_model::model::live::Subscription;
+use crate::engine_model::model::log::Log;
 use crate::engine_model::model::settle::{Attempt, said};
 use crate::engine_model::model::share::Said;
 use crate::engine_model::model::topics::{Kind, redrive_name};
@@ -55,6 +56,12 @@ impl World {
             credit_bytes: bytes,
             held: held.clone(),
         };
+        let members = self.live.group_members(group);
+        let is_full = members.len() as u64 >= self.settings.max_members_per_group;
+        if is_full && !members.iter().any(|known| known == member) {
+            self.refused(command, |error| matches!(error, EngineError::LimitReached { .. }));
+            return;
+        }
         assert_eq!(self.ask(command, Level::Synced), Reply::Done);
         self.live.members.insert((group.to_owned(), member.to_owned()), self.now.monotonic_ms);
         // A member has one subscription: the new one takes the place of the old.
@@ -231,8 +238,11 @@ impl World {
         let over = part
             .and_then(|part| part.records.get(&record.offset))
             .is_none_or(|known| known.lease != record.lease || known.lease_deadline().is_none());
+        // A record that was lost with the power before it was synced will not come again either.
+        let is_there = |log: &Log| log.entries.contains_key(&record.offset);
         if is_ack
             && Self::says_done(status)
+            && self.model.logs.get(&record.partition).is_some_and(is_there)
             && let Some(instance) = instance
         {
             let (key, offset) = (record.partition, record.offset);

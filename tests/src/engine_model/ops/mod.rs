@@ -90,12 +90,17 @@ impl World {
             self.end_turn(Fate::Released);
             return;
         }
+        let power = self.rng.chance(50);
+        if self.rng.chance(10) {
+            self.stop();
+            self.crash(power, true);
+            return;
+        }
         let fates = [Fate::Released, Fate::Unwritten, Fate::Unreleased];
         let fate = fates[self.rng.below(3) as usize];
         self.note(|| format!("the process dies: {fate:?}"));
         self.end_turn(fate);
-        let power = self.rng.chance(50);
-        self.crash(power);
+        self.crash(power, false);
     }
 
     pub(crate) fn any_name(&mut self, names: &[&str]) -> String {

@@ -1,5 +1,7 @@
 //! Topics: create, alter, delete.
 
+use std::collections::BTreeSet;
+
 use felucca_broker::engine::command::Command;
 use felucca_broker::engine::effect::Reply;
 use felucca_broker::engine::error::EngineError;
@@ -70,12 +72,15 @@ impl World {
             self.refused(command, |error| matches!(error, EngineError::InvalidRequest(_)));
             return;
         }
+        let already = self.ended_since(0).len();
         let Reply::Topic(_) = self.ask(command, Level::Synced) else { panic!("topic {name} is there") };
         let before: Vec<String> = self.model.shares.keys().cloned().collect();
         self.model.delete_topic(id);
+        let mut ended = BTreeSet::new();
         for group in before.iter().filter(|group| !self.model.shares.contains_key(*group)) {
-            self.live.drop_group(group);
+            ended.extend(self.live.drop_group(group));
         }
+        assert_eq!(self.ended_since(already), ended, "subscriptions that went with topic {name}");
     }
 }
 
