@@ -12,10 +12,10 @@ use super::types::{Level, Lsn, PartitionKey};
 
 /// Who appends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Origin {
+pub(super) enum Origin<'a> {
     Producer,
-    /// The outputs of a redrive: may also go to topics that belong to share groups.
-    Redrive,
+    /// The outputs of a redrive through this hidden group: may also go to the redrive topic, which has the same name.
+    Redrive(&'a str),
     /// The engine itself.
     DeadLetter,
 }
@@ -57,7 +57,7 @@ impl Engine {
         key: PartitionKey,
         asked: Level,
         header: &BatchHeader,
-        origin: Origin,
+        origin: Origin<'_>,
     ) -> Result<Sequence, EngineError> {
         let Some(topic) = self.catalog.get(&key.topic) else {
             return Err(EngineError::UnknownTopic(key.topic.to_string()));
@@ -65,7 +65,12 @@ impl Engine {
         let Some(partition) = self.partitions.get(&key) else {
             return Err(EngineError::UnknownPartition(key));
         };
-        if topic.kind != TopicKind::Standard && origin == Origin::Producer {
+        let may_write = match origin {
+            Origin::Producer => topic.kind == TopicKind::Standard,
+            Origin::Redrive(own) => topic.kind == TopicKind::Standard || *topic.name == *own,
+            Origin::DeadLetter => true,
+        };
+        if !may_write {
             return Err(EngineError::ForeignProducer(topic.name.to_string()));
         }
         if asked == Level::Written && !topic.config.allow_written {

@@ -551,7 +551,7 @@ impl Engine {
     ) -> Result<Reply, EngineError> {
         let group_name = self.served_group(name)?.name.clone();
         let origin = match self.groups.get(&group_name) {
-            Some(group) if group.hidden => Origin::Redrive,
+            Some(group) if group.hidden => Origin::Redrive(&group_name),
             _ => Origin::Producer,
         };
         for output in &outputs {

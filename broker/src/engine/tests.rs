@@ -592,6 +592,32 @@ fn an_exhausted_record_is_dead_lettered_in_one_frame_and_once_also_after_a_crash
 }
 
 #[test]
+fn a_redrive_may_write_to_its_own_topic_and_no_other_that_belongs_to_a_group() {
+    let (mut bench, record) = leased(&[]);
+    bench.settle("a", record, reject());
+    let group = "redrive.pay.orders";
+    let reply = bench.ask(Command::ShareSubscribe {
+        subscription: SubscriptionId(2),
+        group: group.to_owned(),
+        member: "a".to_owned(),
+        credit_records: 1,
+        credit_bytes: 1,
+        held: Vec::new(),
+    });
+    assert_eq!(reply, Reply::Done);
+    let record = bench.take_one();
+    let Reply::Metadata { topics, .. } = bench.ask(Command::Metadata { names: Vec::new() }) else { panic!() };
+    let mut complete = |name: &str| {
+        let topic = topics.iter().find(|topic| topic.name == name).unwrap().id;
+        let output = AppendEntry { partition: PartitionKey { topic, partition: 0 }, batch: staged(None, 1) };
+        let (group, member) = (group.to_owned(), "a".to_owned());
+        bench.ask(Command::Complete { group, member, record, outputs: vec![output] })
+    };
+    assert!(matches!(complete("dlq.pay.orders"), Reply::Error(EngineError::ForeignProducer(_))));
+    assert!(matches!(complete(group), Reply::Completed { .. }));
+}
+
+#[test]
 fn who_redrives_a_dead_letter_topic_is_told_when_it_goes() {
     let mut bench = Bench::new();
     bench.topic(&[]);

@@ -309,8 +309,11 @@ impl World {
             self.held.retain(|held| held.group != group);
             return;
         };
-        let foreign = |key: &PartitionKey| self.model.topics[&key.topic].kind != Kind::Standard;
-        if !share.hidden && targets.iter().any(foreign) {
+        let foreign = |key: &PartitionKey| {
+            let topic = &self.model.topics[&key.topic];
+            topic.kind != Kind::Standard && !(share.hidden && topic.name == group)
+        };
+        if targets.iter().any(foreign) {
             self.refused(command, |error| matches!(error, EngineError::ForeignProducer(_)));
             self.check_fresh();
             return;
