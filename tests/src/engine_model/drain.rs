@@ -1,12 +1,13 @@
 //! The beginning and the end of a run: something to work on, and members that work it off.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use felucca_broker::engine::command::{Command, Outcome, Settlement};
-use felucca_broker::engine::types::Level;
+use felucca_broker::engine::types::{Level, PartitionKey};
 
 use super::model::consumers::{Consumer, Member};
-use super::model::share::State;
+use super::model::share::{How, State};
+use super::model::topics::Kind;
 use super::world::{Fate, World};
 
 impl World {
@@ -86,6 +87,7 @@ impl World {
             }
             self.end_turn(Fate::Released);
         }
+        self.check_letters();
     }
 
     /// Members that give back what they are asked to give back end with even shares of every topic.
@@ -115,6 +117,39 @@ impl World {
         }
     }
 
+    /// Counts dead letters by what their headers say, independently of all that was followed step by step: every
+    /// dead-lettered record once, no other at all. Names that were used twice are passed over.
+    fn check_letters(&self) {
+        let mut letters: BTreeMap<String, u32> = BTreeMap::new();
+        for (_, records) in self.logs.records.iter().filter(|(key, _)| self.is_letters(key)) {
+            for (_, letter) in records.values() {
+                let id = letter.headers.iter().find(|header| header.name == "__dlq.errors.id");
+                let id = id.and_then(|header| header.value.clone()).expect("a dead letter has an id");
+                *letters.entry(String::from_utf8_lossy(&id).into_owned()).or_default() += 1;
+            }
+        }
+        for (group, share) in self.model.shares.iter().filter(|(group, _)| !self.deleted.contains(*group)) {
+            // A group that was moved may give up a record twice.
+            for (key, part) in share.parts.iter().filter(|(_, part)| part.since == share.since) {
+                let name = &self.model.topics[&key.topic].name;
+                if self.deleted.contains(name) {
+                    continue;
+                }
+                for (offset, record) in &part.records {
+                    let id = format!("{group}/{name}/{}/{offset}", key.partition);
+                    let dead = matches!(record.state, State::Settled { how: How::DeadLettered, .. });
+                    let found = letters.get(&id).copied().unwrap_or(0);
+                    assert_eq!(found, u32::from(dead), "dead letters of {id}, which is {:?}", record.state);
+                }
+            }
+        }
+    }
+
+    fn is_letters(&self, key: &PartitionKey) -> bool {
+        let topic = self.model.topics.get(&key.topic);
+        topic.is_some_and(|topic| matches!(topic.kind, Kind::Letters { .. }))
+    }
+
     fn work(&mut self) {
         let held: Vec<_> = self.held.iter().filter(|held| held.member == "zoe").cloned().collect();
         for held in held {
@@ -131,7 +166,7 @@ impl World {
     }
 
     /// The records that are neither done with, nor held, nor behind a held one of their key.
-    fn work_left(&self) -> Vec<(String, felucca_broker::engine::types::PartitionKey, u64)> {
+    fn work_left(&self) -> Vec<(String, PartitionKey, u64)> {
         let mut left = Vec::new();
         for (group, share) in &self.model.shares {
             for (key, part) in &share.parts {

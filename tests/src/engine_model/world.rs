@@ -87,6 +87,8 @@ pub(crate) struct World {
     pub(crate) archive: Vec<Held>,
     /// What each member of a consumer group, (group, member), was given last.
     pub(crate) assigned: BTreeMap<(String, String), BTreeSet<PartitionKey>>,
+    /// Names of topics and groups that were deleted at some time.
+    pub(crate) deleted: BTreeSet<String>,
     /// How many of a hundred dead letters cannot be made.
     pub(crate) unreadable: u64,
     /// How many of a hundred records have a key.
@@ -132,6 +134,7 @@ impl World {
             held: Vec::new(),
             archive: Vec::new(),
             assigned: BTreeMap::new(),
+            deleted: BTreeSet::new(),
             unreadable: 0,
             keyed: 70,
             next_value: 0,

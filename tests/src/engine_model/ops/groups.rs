@@ -275,6 +275,7 @@ impl World {
             return;
         }
         assert_eq!(self.ask(command, Level::Synced), Reply::Done);
+        self.deleted.insert(group.clone());
         self.live.drop_group(&group);
         self.model.consumers.remove(&group);
         if self.model.shares.remove(&group).is_some() {

@@ -72,6 +72,7 @@ impl World {
             self.refused(command, |error| matches!(error, EngineError::InvalidRequest(_)));
             return;
         }
+        self.deleted.insert(name.clone());
         let already = self.ended_since(0).len();
         let Reply::Topic(_) = self.ask(command, Level::Synced) else { panic!("topic {name} is there") };
         let before: Vec<String> = self.model.shares.keys().cloned().collect();
