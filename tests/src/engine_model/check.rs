@@ -6,9 +6,10 @@ use felucca_broker::engine::command::Command;
 use felucca_broker::engine::effect::{
     DeadLetterRead, GroupDescription, GroupKind, GroupPartitionInfo, Reply,
 };
-use felucca_broker::engine::types::Level;
+use felucca_broker::engine::types::{Level, PartitionKey};
 
 use super::model::share::{Cause, Part, State};
+use super::model::topics::Kind;
 use super::promises::Fact;
 use super::world::{Fate, World};
 
@@ -62,6 +63,7 @@ impl World {
         if self.live.scans_paused_until > self.now.monotonic_ms {
             self.advance(self.live.scans_paused_until - self.now.monotonic_ms);
         }
+        self.calm = true;
         for round in 0.. {
             assert!(round < 5_000, "does not come to rest");
             self.begin_turn();
@@ -75,6 +77,7 @@ impl World {
                 break;
             }
         }
+        self.calm = false;
         self.check_nothing_undone();
         self.check_timers();
         self.compare_groups();
@@ -157,7 +160,39 @@ impl World {
             let right = self.model.consumers[&group].offsets.clone().into_iter();
             assert!(found.eq(right), "committed offsets of {group}");
         }
+        self.compare_lists();
         self.end_turn(Fate::Released);
+    }
+
+    fn compare_lists(&mut self) {
+        let Reply::Groups(groups) = self.ask(Command::ListGroups, Level::Synced) else { panic!("groups") };
+        let found: BTreeSet<String> = groups.into_iter().map(|listing| listing.group).collect();
+        let shares = self.model.shares.iter().filter(|(_, share)| !share.hidden).map(|(name, _)| name);
+        assert_eq!(found, shares.chain(self.model.consumers.keys()).cloned().collect(), "groups");
+        let Reply::DeadLetters(letters) = self.ask(Command::ListDeadLetters { group: None }, Level::Synced)
+        else {
+            panic!("dead letters")
+        };
+        let topics = self.model.topics.values();
+        assert_eq!(letters.len(), topics.filter(|topic| matches!(topic.kind, Kind::Letters { .. })).count());
+        for info in letters {
+            let parts = &self.model.shares[&info.redrive_group].parts;
+            let redriven: u64 = parts.values().map(|part| part.counts.acked).sum();
+            assert_eq!(info.redriven, redriven, "{}", info.redrive_group);
+            let pending = |end: &dyn Fn(&PartitionKey) -> u64| -> u64 {
+                parts
+                    .iter()
+                    .map(|(key, part)| part.unsettled(&self.model.logs[key], end(key)).count())
+                    .sum::<usize>() as u64
+            };
+            let least = pending(&|key| self.live.must_show(key));
+            let most = pending(&|key| self.live.may_show(key));
+            let has_gap = parts.keys().any(|key| {
+                let log = &self.model.logs[key];
+                log.entries.len() as u64 != log.end
+            });
+            assert!(has_gap || (least..=most).contains(&info.pending), "{info:?}, {least} to {most}");
+        }
     }
 
     fn describe(&mut self, group: &str) -> GroupDescription {

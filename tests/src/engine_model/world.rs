@@ -89,6 +89,8 @@ pub(crate) struct World {
     pub(crate) assigned: BTreeMap<(String, String), BTreeSet<PartitionKey>>,
     /// Names of topics and groups that were deleted at some time.
     pub(crate) deleted: BTreeSet<String>,
+    /// Every read succeeds for the moment.
+    pub(crate) calm: bool,
     /// How many of a hundred dead letters cannot be made.
     pub(crate) unreadable: u64,
     /// How many of a hundred records have a key.
@@ -135,6 +137,7 @@ impl World {
             archive: Vec::new(),
             assigned: BTreeMap::new(),
             deleted: BTreeSet::new(),
+            calm: false,
             unreadable: 0,
             keyed: 70,
             next_value: 0,
@@ -209,7 +212,9 @@ impl World {
         let (now, lsn, written, synced) = (self.now, self.lsn(), self.written(), self.synced);
         self.now.entropy = self.rng.bits();
         self.was_busy = false;
-        self.engine.progress(now, lsn, written, synced, &mut self.out);
+        if (self.live.written, self.live.synced) != (written, synced) {
+            self.engine.progress(now, lsn, written, synced, &mut self.out);
+        }
         (self.live.written, self.live.synced) = (written, synced);
         self.absorb();
         self.check_fresh();
@@ -240,6 +245,13 @@ impl World {
         self.engine.finish(now, lsn, &mut self.out);
         self.absorb();
         self.check_fresh();
+        if self.rng.chance(40) {
+            // What can be read from memory is answered in the same turn.
+            self.answer_scans(if self.calm { 100 } else { 90 });
+            self.engine.finish(now, lsn, &mut self.out);
+            self.absorb();
+            self.check_fresh();
+        }
         let mut out = std::mem::take(&mut self.out);
         (self.seen_writes, self.seen_deliveries, self.seen_reads) = (0, 0, 0);
         self.was_busy |= !out.events.is_empty();

@@ -220,7 +220,9 @@ impl World {
     }
 
     pub(crate) fn seek_group(&mut self) {
-        let Some(group) = self.any_share_group() else { return };
+        let names: Vec<String> =
+            self.model.shares.keys().chain(self.model.consumers.keys()).cloned().collect();
+        let Some(group) = self.rng.pick(&names).cloned() else { return };
         let Some(key) = self.any_partition() else { return };
         let end = self.model.logs[&key].end;
         let to = match self.rng.below(4) {
@@ -239,6 +241,15 @@ impl World {
         };
         if start > end {
             self.refused(command, |error| matches!(error, EngineError::OffsetOutOfRange { .. }));
+            return;
+        }
+        if let Some(consumer) = self.model.consumers.get_mut(&group) {
+            if !consumer.members.is_empty() {
+                self.refused(command, |error| matches!(error, EngineError::GroupNotEmpty(_)));
+                return;
+            }
+            consumer.offsets.insert(key, (start, String::new()));
+            assert_eq!(self.ask(command, Level::Synced), Reply::Done);
             return;
         }
         if !self.model.shares[&group].topics.contains(&key.topic) {

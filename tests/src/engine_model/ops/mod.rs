@@ -74,13 +74,17 @@ impl World {
     /// A turn of random commands; answers whether the process died in it.
     pub(crate) fn random_turn(&mut self, weights: &Weights) {
         self.begin_turn();
-        if self.rng.chance(70) {
+        let tick_at = self.rng.below(3);
+        if tick_at == 0 {
             self.tick();
         }
         self.answer_scans(80);
         self.answer_letters(60);
         for _ in 0..self.rng.between(0, 4) {
             self.operate(weights);
+        }
+        if tick_at == 1 {
+            self.tick();
         }
     }
 
