@@ -10,7 +10,7 @@ fn setting(name: &str, default: u64) -> u64 {
 #[test]
 fn the_engine_does_what_the_model_says() {
     let first = setting("FELUCCA_MODEL_SEED", 1);
-    let cases = setting("FELUCCA_MODEL_CASES", 250);
+    let cases = setting("FELUCCA_MODEL_CASES", 400);
     let turns = setting("FELUCCA_MODEL_TURNS", 150);
     for seed in first..first + cases {
         if let Err(report) = engine_model::run(seed, turns) {

@@ -173,17 +173,23 @@ impl World {
                 let log = &self.model.logs[key];
                 let is_held =
                     |offset: &u64| part.records.get(offset).is_some_and(|record| record.state == State::Held);
-                // A table full of held records takes in nothing new.
-                let held = part.records.values().filter(|record| record.state == State::Held).count();
-                let is_full = held as u64 >= self.settings.max_exceptions;
-                let mut blocked = BTreeSet::new();
+                let (mut blocked, mut new, mut again) = (BTreeSet::new(), Vec::new(), Vec::new());
+                let mut stuck = 0;
                 for offset in part.unsettled(log, log.end) {
                     let slot = log.entries[&offset].slot.filter(|_| share.config.ordered);
-                    if is_held(&offset) || (is_full && !part.records.contains_key(&offset)) {
+                    let behind = slot.is_some_and(|slot| blocked.contains(&slot));
+                    let known = part.records.contains_key(&offset);
+                    if is_held(&offset) || (behind && known) {
                         blocked.extend(slot);
-                    } else if slot.is_none_or(|slot| !blocked.contains(&slot)) {
-                        left.push((group.clone(), *key, offset));
+                        stuck += 1;
+                    } else if !behind {
+                        if known { &mut again } else { &mut new }.push((group.clone(), *key, offset));
                     }
+                }
+                left.append(&mut again);
+                // A table full of what is stuck takes in nothing new.
+                if stuck < self.settings.max_exceptions {
+                    left.append(&mut new);
                 }
             }
         }

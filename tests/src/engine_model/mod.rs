@@ -12,6 +12,7 @@ mod drain;
 mod model;
 mod ops;
 mod promises;
+mod release;
 mod rng;
 mod store;
 mod world;

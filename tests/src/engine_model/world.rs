@@ -6,16 +6,15 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use felucca_broker::engine::Engine;
 use felucca_broker::engine::command::{Command, LeaseRef};
 use felucca_broker::engine::config::EngineSettings;
-use felucca_broker::engine::effect::{
-    Advance, DeadLetterRead, Delivery, Effects, PendingReply, Reply, Scan, SettleStatus,
-};
-use felucca_broker::engine::types::{LeaseId, Level, Lsn, Now, PartitionKey, RequestId, SubscriptionId};
+use felucca_broker::engine::effect::{DeadLetterRead, Delivery, Effects, Reply, Scan, SettleStatus};
+use felucca_broker::engine::types::{Level, Lsn, Now, PartitionKey, RequestId, SubscriptionId};
 
 use super::Trace;
 use super::model::live::Live;
 use super::model::share::Grant;
 use super::model::{Model, Moment};
 use super::promises::{Fact, Promises};
+use super::release::{Pending, nth};
 use super::rng::Rng;
 use super::store::{Appended, Frame, Logs, Rows};
 
@@ -25,16 +24,6 @@ pub(crate) struct Held {
     pub(crate) group: String,
     pub(crate) member: String,
     pub(crate) record: LeaseRef,
-}
-
-/// A turn's effects that have not left yet.
-#[derive(Debug)]
-struct Pending {
-    /// They depend on frames up to this one.
-    lsn: Lsn,
-    advances: Vec<Advance>,
-    replies: Vec<PendingReply>,
-    deliveries: Vec<Delivery>,
 }
 
 /// What became of a turn's frame.
@@ -75,8 +64,8 @@ pub(crate) struct World {
     seen_writes: usize,
     seen_deliveries: usize,
     seen_reads: usize,
-    pending: VecDeque<Pending>,
-    facts: BTreeMap<RequestId, Vec<Fact>>,
+    pub(crate) pending: VecDeque<Pending>,
+    pub(crate) facts: BTreeMap<RequestId, Vec<Fact>>,
     last_request: u64,
     next_instance: u64,
 
@@ -297,68 +286,6 @@ impl World {
         self.release();
     }
 
-    fn release(&mut self) {
-        let (written, synced) = (self.written(), self.synced);
-        for mut pending in std::mem::take(&mut self.pending) {
-            let reached =
-                |level: Level| pending.lsn <= if level == Level::Written { written } else { synced };
-            let (leaving, staying): (Vec<_>, Vec<_>) =
-                std::mem::take(&mut pending.deliveries).into_iter().partition(|_| reached(Level::Written));
-            let (shown, hidden): (Vec<_>, Vec<_>) =
-                std::mem::take(&mut pending.advances).into_iter().partition(|a| reached(a.level));
-            let (told, untold): (Vec<_>, Vec<_>) =
-                std::mem::take(&mut pending.replies).into_iter().partition(|r| reached(r.level));
-            for delivery in leaving {
-                self.deliver(&delivery, pending.lsn);
-            }
-            for advance in shown {
-                self.show(&advance);
-            }
-            for reply in told {
-                for fact in self.facts.remove(&reply.request).unwrap_or_default() {
-                    self.promises.tell(fact, pending.lsn, reply.level);
-                }
-            }
-            if !(staying.is_empty() && hidden.is_empty() && untold.is_empty()) {
-                (pending.deliveries, pending.advances, pending.replies) = (staying, hidden, untold);
-                self.pending.push_back(pending);
-            }
-        }
-    }
-
-    fn show(&mut self, advance: &Advance) {
-        let Some(records) = self.logs.records.get(&advance.partition) else { return };
-        for (offset, (entry, _)) in records.range(..advance.high_watermark) {
-            self.promises.show(advance.partition, *offset, entry.identity);
-        }
-    }
-
-    fn deliver(&mut self, delivery: &Delivery, lsn: Lsn) {
-        let subscription = self.live.subscriptions.get(&delivery.subscription).cloned();
-        for (i, record) in delivery.records.iter().enumerate() {
-            let lease = nth(delivery.first_lease, i);
-            let Some((group, instance)) = self.promises.place_of(lease) else { continue };
-            let (key, offset) = (delivery.partition, record.offset);
-            let ordered = self.model.shares.get(&group).is_some_and(|share| share.config.ordered);
-            let Some((entry, _)) = self.logs.records.get(&key).and_then(|records| records.get(&offset))
-            else {
-                continue;
-            };
-            self.promises.show(key, offset, entry.identity);
-            let counts = (record.deliveries, record.failures);
-            let slot = entry.slot.filter(|_| ordered);
-            self.promises.deliver((group.clone(), key, instance), offset, counts, lsn, slot);
-            let record = LeaseRef { partition: key, offset, lease };
-            match &subscription {
-                Some(subscription) => {
-                    let member = subscription.member.clone();
-                    self.held.push(Held { group, member, record });
-                }
-                None => self.archive.push(Held { group, member: "nobody".to_owned(), record }),
-            }
-        }
-    }
-
     // ---- Steps ----
 
     /// One command that is answered; the answer must not leave before `least`.
@@ -482,8 +409,4 @@ impl World {
         use SettleStatus::{AlreadySettled, Duplicate, Late, Ok};
         matches!(status, Ok | Late | Duplicate | AlreadySettled)
     }
-}
-
-fn nth(first: LeaseId, i: usize) -> LeaseId {
-    LeaseId { boot_epoch: first.boot_epoch, sequence: first.sequence + i as u64 }
 }
