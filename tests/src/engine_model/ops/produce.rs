@@ -60,7 +60,8 @@ impl World {
         let (epoch, first) = match (draw, known) {
             (0..30, Some(known)) => {
                 let sent: Vec<_> = known.sent.iter().cloned().collect();
-                let sent = self.rng.pick(&sent).cloned()?;
+                let recent = if self.rng.chance(50) { sent.len().saturating_sub(1) } else { 0 };
+                let sent = self.rng.pick(&sent[recent..]).cloned()?;
                 *count = sent.count;
                 (epoch, sent.first)
             }
