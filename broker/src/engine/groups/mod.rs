@@ -1,0 +1,241 @@
+//! Share groups seen from outside: create, alter, move, pause, delete.
+//!
+//! [`companions`] are the topics that come with a group, [`describe`] what is told of groups of both kinds, [`serve`] the
+//! commands of members.
+
+mod companions;
+mod describe;
+mod serve;
+
+use super::Engine;
+use super::catalog::{self, Topic, check_name};
+use super::command::SeekTo;
+use super::config::{ShareConfig, to_entries};
+use super::effect::{Effects, Reply, TopicKind};
+use super::error::EngineError;
+use super::event::{self, event::Kind};
+use super::types::{Lsn, Now, PartitionKey, TopicId};
+
+impl Engine {
+    /// Creates a share group with its dead-letter topics, or adds topics to one that has the same settings.
+    pub(in crate::engine) fn create_share_group(
+        &mut self,
+        now: Now,
+        name: &str,
+        topics: &[String],
+        config: &[(String, String)],
+        from_end: bool,
+        out: &mut Effects,
+    ) -> Result<Reply, EngineError> {
+        check_name("group", name)?;
+        if self.groups.contains_key(name) || self.consumers.contains_key(name) {
+            return Err(EngineError::GroupExists(name.to_owned()));
+        }
+        let config = ShareConfig::default().with(config)?;
+        if topics.is_empty() {
+            return Err(EngineError::InvalidRequest("a share group needs at least one topic".to_owned()));
+        }
+        let mut sources: Vec<Topic> = Vec::new();
+        for topic in topics {
+            let topic = self.catalog.require(topic)?;
+            if matches!(topic.kind, TopicKind::Redrive { .. }) {
+                let why = format!("topic {:?} belongs to another share group", &*topic.name);
+                return Err(EngineError::InvalidRequest(why));
+            }
+            if sources.iter().all(|known| known.id != topic.id) {
+                sources.push(topic.clone());
+            }
+        }
+        for source in &sources {
+            self.check_companion(&catalog::dead_letter_name(name, &source.name), name, source)?;
+            self.check_companion(&catalog::redrive_name(name, &source.name), name, source)?;
+        }
+        self.room_for_companions(name, &sources)?;
+        let mut ids: Vec<TopicId> = sources.iter().map(|source| source.id).collect();
+        let mut entropy = now.entropy;
+        for source in sources.iter().filter(|source| source.kind == TopicKind::Standard) {
+            ids.push(self.add_companions(name, source, &mut entropy, out)?);
+        }
+        self.start_group(name, &ids, &config, from_end, false, out);
+        self.link_dead_letters(name);
+        Ok(Reply::Done)
+    }
+
+    fn start_group(
+        &mut self,
+        name: &str,
+        topics: &[TopicId],
+        config: &ShareConfig,
+        from_end: bool,
+        hidden: bool,
+        out: &mut Effects,
+    ) {
+        let row = event::GroupRow {
+            group: name.to_owned(),
+            topic_ids: topics.iter().map(|id| id.0.to_vec()).collect(),
+            config: to_entries(&config.entries()),
+            paused: false,
+            hidden,
+        };
+        self.stage_event(Kind::GroupCreated(row), out);
+        for id in topics {
+            let keys: Vec<PartitionKey> =
+                self.catalog.get(id).map_or_else(Vec::new, |topic| topic.keys().collect());
+            for key in keys {
+                let start =
+                    self.partitions.get(&key).map_or(0, |p| if from_end { p.end } else { p.log_start });
+                self.start_share(name, key, start, out);
+            }
+        }
+    }
+
+    fn start_share(&mut self, group: &str, key: PartitionKey, start: u64, out: &mut Effects) {
+        let started = event::ShareStarted {
+            group: group.to_owned(),
+            topic_id: key.topic.0.to_vec(),
+            partition: key.partition,
+            start,
+            fence_boot_epoch: self.desk.boot_epoch,
+            fence_sequence: self.desk.next_sequence,
+        };
+        self.stage_event(Kind::ShareStarted(started), out);
+    }
+
+    pub(in crate::engine) fn alter_share_group(
+        &mut self,
+        now: Now,
+        lsn: Lsn,
+        name: &str,
+        config: &[(String, String)],
+        out: &mut Effects,
+    ) -> Result<Reply, EngineError> {
+        let group = self.share_group(name)?;
+        let altered = group.config.clone().with(config)?;
+        let reordered = altered.ordered != group.config.ordered;
+        let event = event::GroupAltered {
+            group: name.to_owned(),
+            config: to_entries(&altered.entries()),
+            topic_ids: group.topics.iter().map(|id| id.0.to_vec()).collect(),
+        };
+        self.stage_event(Kind::GroupAltered(event), out);
+        if reordered && let Some(group) = self.groups.get_mut(name) {
+            group.rebuild();
+            group.wait_for(lsn, |_| true);
+            group.settle_in(&mut self.desk.stage(now, lsn, out));
+            // Everything is to be scanned again.
+            self.desk.pump.insert(name.into());
+            self.watch_commits(&name.into());
+        }
+        Ok(Reply::Done)
+    }
+
+    pub(in crate::engine) fn delete_group(
+        &mut self,
+        name: &str,
+        out: &mut Effects,
+    ) -> Result<Reply, EngineError> {
+        if let Some(group) = self.consumers.get(name) {
+            if !group.members.is_empty() {
+                return Err(EngineError::GroupNotEmpty(name.to_owned()));
+            }
+        } else {
+            let group = self.share_group(name)?;
+            if group.hidden {
+                let why = format!("group {name:?} belongs to a dead-letter topic and goes with it");
+                return Err(EngineError::InvalidRequest(why));
+            }
+            if !group.members().is_empty() {
+                return Err(EngineError::GroupNotEmpty(name.to_owned()));
+            }
+        }
+        self.stage_event(Kind::GroupDeleted(event::GroupDeleted { group: name.to_owned() }), out);
+        let private = self
+            .catalog
+            .iter()
+            .filter(|topic| matches!(&topic.kind, TopicKind::Redrive { group, .. } if group == name));
+        let private: Vec<TopicId> = private.map(|topic| topic.id).collect();
+        for id in private {
+            self.stage_event(Kind::TopicDeleted(event::TopicDeleted { id: id.0.to_vec() }), out);
+        }
+        Ok(Reply::Done)
+    }
+
+    pub(in crate::engine) fn pause_group(
+        &mut self,
+        name: &str,
+        paused: bool,
+        out: &mut Effects,
+    ) -> Result<Reply, EngineError> {
+        self.share_group(name)?;
+        self.stage_event(Kind::GroupPaused(event::GroupPaused { group: name.to_owned(), paused }), out);
+        self.desk.pump.insert(name.into());
+        Ok(Reply::Done)
+    }
+
+    pub(in crate::engine) fn seek_group(
+        &mut self,
+        now: Now,
+        lsn: Lsn,
+        name: &str,
+        topic: &str,
+        positions: &[(u32, SeekTo)],
+        out: &mut Effects,
+    ) -> Result<Reply, EngineError> {
+        let id = self.catalog.require(topic)?.id;
+        let mut resolved = Vec::with_capacity(positions.len());
+        for (partition, to) in positions {
+            let key = PartitionKey { topic: id, partition: *partition };
+            let Some(log) = self.partitions.get(&key) else { return Err(EngineError::UnknownPartition(key)) };
+            let offset = match to {
+                SeekTo::Beginning => log.log_start,
+                SeekTo::End => log.end,
+                SeekTo::Offset(offset) if *offset <= log.end => (*offset).max(log.log_start),
+                SeekTo::Offset(offset) => {
+                    return Err(EngineError::OffsetOutOfRange {
+                        partition: key,
+                        offset: *offset,
+                        end: log.end,
+                    });
+                }
+            };
+            resolved.push((key, offset));
+        }
+        if let Some(group) = self.consumers.get(name) {
+            if !group.members.is_empty() {
+                return Err(EngineError::GroupNotEmpty(name.to_owned()));
+            }
+            let committed = |(key, offset): &(PartitionKey, u64)| event::CommittedOffset {
+                topic_id: key.topic.0.to_vec(),
+                partition: key.partition,
+                offset: *offset,
+                metadata: String::new(),
+            };
+            let offsets = resolved.iter().map(committed).collect();
+            let event = event::OffsetsCommitted { group: name.to_owned(), offsets };
+            self.stage_event(Kind::OffsetsCommitted(event), out);
+            self.check_ends(name);
+            return Ok(Reply::Done);
+        }
+        if !self.share_group(name)?.topics.contains(&id) {
+            return Err(EngineError::InvalidRequest(format!(
+                "group {name:?} does not consume topic {topic:?}"
+            )));
+        }
+        for (key, offset) in &resolved {
+            self.start_share(name, *key, *offset, out);
+        }
+        let was_corrupt = self.groups.get(name).is_some_and(|group| group.corrupt.is_some());
+        self.check_ends(name);
+        if let Some(group) = self.groups.get_mut(name) {
+            group.wait_for(lsn, |key| resolved.iter().any(|(moved, _)| moved == key));
+            if was_corrupt {
+                let mut stage = self.desk.stage(now, lsn, out);
+                group.adopt_members(&mut stage);
+                group.settle_in(&mut stage);
+            }
+        }
+        self.watch_commits(&name.into());
+        self.desk.pump.insert(name.into());
+        Ok(Reply::Done)
+    }
+}

@@ -1,0 +1,213 @@
+//! What ends a lease or returns a record: settlements, expiry, due times, dead letters made, commits.
+
+use super::ShareGroup;
+use crate::engine::command::{LeaseRef, Outcome, Settlement};
+use crate::engine::dead_letter::DeadLetterContext;
+use crate::engine::effect::{DeadLetterRead, SettleResult, SettleStatus};
+use crate::engine::event::RecordChange;
+use crate::engine::share::settle::{self, Decision, Failure};
+use crate::engine::share::state::{Cause, ExceptionState, change};
+use crate::engine::stage::Stage;
+use crate::engine::types::{Lsn, PartitionKey};
+
+/// Due records and expired leases handled in one step.
+const DUE_PER_STEP: usize = 4096;
+
+impl ShareGroup {
+    /// Carries out settlements of one member, in order. One result per settlement.
+    pub(crate) fn settle(
+        &mut self,
+        stage: &mut Stage<'_>,
+        member: &str,
+        settlements: &[Settlement],
+    ) -> Vec<SettleResult> {
+        self.seen(stage, member);
+        let mut results = Vec::with_capacity(settlements.len());
+        // A partition's run of settlements becomes one event.
+        for run in settlements.chunk_by(|a, b| a.record.partition == b.record.partition) {
+            let key = run[0].record.partition;
+            let on_exhausted = self.on_exhausted(&key.topic);
+            let mut acked = Vec::new();
+            let mut changes = Vec::new();
+            let Some(partition) = self.partitions.get_mut(&key) else {
+                results.extend(run.iter().map(|_| settle::unchanged(SettleStatus::Fenced)));
+                continue;
+            };
+            for settlement in run {
+                let record = &settlement.record;
+                let decision = settle::decide(
+                    &partition.state,
+                    &self.config,
+                    on_exhausted,
+                    member,
+                    record,
+                    &settlement.outcome,
+                    stage.now,
+                );
+                results.push(match decision {
+                    Decision::Answer(status) => settle::unchanged(status),
+                    Decision::Ack { late } => {
+                        let status = if late { SettleStatus::Late } else { SettleStatus::Ok };
+                        partition.ack(stage, record.offset);
+                        acked.push(record.offset);
+                        settle::result(status, None, stage.now)
+                    }
+                    Decision::Change(change) => {
+                        let result = settle::result(SettleStatus::Ok, Some(&change), stage.now);
+                        partition.change(stage, &change);
+                        changes.push(change);
+                        result
+                    }
+                });
+            }
+            self.push_settled(stage, key, acked, changes, Vec::new());
+        }
+        results
+    }
+
+    /// What acknowledging this record would answer, without doing it: `Ok` of the status when it can be done.
+    pub(crate) fn can_complete(
+        &self,
+        stage: &Stage<'_>,
+        member: &str,
+        record: &LeaseRef,
+    ) -> Result<SettleStatus, SettleStatus> {
+        let Some(partition) = self.partitions.get(&record.partition) else {
+            return Err(SettleStatus::Fenced);
+        };
+        let on_exhausted = self.on_exhausted(&record.partition.topic);
+        let ack = Outcome::Ack;
+        match settle::decide(&partition.state, &self.config, on_exhausted, member, record, &ack, stage.now) {
+            Decision::Ack { late: false } => Ok(SettleStatus::Ok),
+            Decision::Ack { late: true } => Ok(SettleStatus::Late),
+            Decision::Answer(status) => Err(status),
+            Decision::Change(_) => Err(SettleStatus::Stale),
+        }
+    }
+
+    /// Acknowledges a record that `can_complete`.
+    pub(crate) fn ack(&mut self, stage: &mut Stage<'_>, record: &LeaseRef) {
+        self.commit_changes(stage, record.partition, vec![record.offset], Vec::new());
+    }
+
+    // ---- Dead letters ----
+
+    /// Asks for the dead letters of exhausted records, as many as may be in the making.
+    pub(super) fn ask_for_letters(&mut self, stage: &mut Stage<'_>, key: PartitionKey) {
+        let Some(partition) = self.partitions.get_mut(&key) else { return };
+        while let Some(offset) = partition.queue.next_letter() {
+            let Some(exception) = partition.state.exception(offset) else { continue };
+            let context = DeadLetterContext {
+                group: self.name.to_string(),
+                topic: key.topic,
+                partition: key.partition,
+                offset,
+                deliveries: exception.deliveries,
+                failures: exception.failures,
+                reason: dead_letter_reason(
+                    exception.cause,
+                    exception.deliveries >= self.config.max_deliveries,
+                ),
+                class: exception.class.clone(),
+                message: exception.reason.clone(),
+                detail: exception.detail.clone(),
+                first_delivery_ms: exception.first_delivery_wall_ms,
+                last_delivery_ms: exception.last_delivery_wall_ms,
+                consumer: exception.member.to_string(),
+                wall_ms: stage.now.wall_ms,
+            };
+            stage.out.dead_letter_reads.push(DeadLetterRead {
+                group: self.name.to_string(),
+                partition: key,
+                offset,
+                context,
+            });
+        }
+    }
+
+    /// Whether this exhausted record still waits for the dead letter that was being made.
+    pub(crate) fn awaits_letter(&self, key: &PartitionKey, offset: u64) -> bool {
+        self.partitions.get(key).is_some_and(|partition| {
+            partition.queue.letter_in_flight(offset)
+                && partition
+                    .state
+                    .exception(offset)
+                    .is_some_and(|exception| exception.state == ExceptionState::Exhausted)
+        })
+    }
+
+    /// The record's dead letter was appended in this frame, or (`held`) could not be made.
+    pub(crate) fn letter_done(
+        &mut self,
+        stage: &mut Stage<'_>,
+        key: PartitionKey,
+        offset: u64,
+        held: Option<String>,
+    ) {
+        let change = match held {
+            None => RecordChange { offset, kind: change::DEAD_LETTERED, ..Default::default() },
+            Some(reason) => RecordChange {
+                offset,
+                kind: change::HELD,
+                cause: Cause::Undecodable as u32,
+                class: "undecodable".to_owned(),
+                reason,
+                ..Default::default()
+            },
+        };
+        self.commit_changes(stage, key, Vec::new(), vec![change]);
+    }
+
+    // ---- Timers and commits ----
+
+    /// A partition's timer fired: due records become available, expired leases fail.
+    pub(crate) fn partition_timer(&mut self, stage: &mut Stage<'_>, key: PartitionKey, fired_at: u64) {
+        let on_exhausted = self.on_exhausted(&key.topic);
+        let Some(partition) = self.partitions.get_mut(&key) else { return };
+        if partition.armed != Some(fired_at) {
+            return;
+        }
+        partition.armed = None;
+        let now_ms = stage.now.monotonic_ms;
+        let mut changes = Vec::new();
+        for offset in partition.queue.take_due(now_ms, DUE_PER_STEP) {
+            if partition.state.lease(offset).is_some_and(|lease| lease.deadline_ms <= now_ms) {
+                let failure =
+                    Failure { cause: Cause::LeaseExpired, counted: true, delay_ms: None, detail: None };
+                let change =
+                    settle::failure(&partition.state, &self.config, on_exhausted, offset, failure, stage.now);
+                partition.change(stage, &change);
+                changes.push(change);
+            } else if let Some(exception) = partition.state.exception(offset)
+                && let ExceptionState::Scheduled { due_ms } = exception.state
+                && due_ms <= now_ms
+            {
+                let slot = exception.slot;
+                partition.state.due(offset);
+                partition.queue.available(&partition.state, offset, slot);
+            }
+        }
+        self.push_settled(stage, key, Vec::new(), changes, Vec::new());
+        stage.pump.insert(self.name.clone());
+    }
+
+    /// Frames up to `committed` have reached the commit level. Answers whether anything still waits.
+    pub(crate) fn committed(&mut self, stage: &mut Stage<'_>, key: PartitionKey, committed: Lsn) -> bool {
+        let Some(partition) = self.partitions.get_mut(&key) else { return false };
+        partition.queue.committed(&partition.state, committed);
+        let waits = partition.queue.waits_for_commit();
+        self.after_change(stage, key);
+        waits
+    }
+}
+
+fn dead_letter_reason(cause: Cause, at_delivery_cap: bool) -> &'static str {
+    match cause {
+        Cause::Rejected => "rejected",
+        _ if at_delivery_cap => "max_deliveries",
+        Cause::LeaseExpired => "lease_expired",
+        Cause::MemberLost => "member_lost",
+        Cause::Undecodable => "undecodable",
+        Cause::Nacked | Cause::Released | Cause::None => "max_failures",
+    }
+}
