@@ -12,13 +12,22 @@ use crate::workload::Ack;
 pub struct Row {
     /// Name of the workload, `limits` for the machine.
     pub workload: String,
+    /// Of limits: the workload beside which they were measured.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub beside: String,
     /// The variant of the workload.
     pub case: String,
-    /// Who was measured: `felucca` or `machine`.
+    /// Who was measured: a peer's name, or `machine`.
     pub peer: String,
     pub peer_version: Option<String>,
+    /// How the server was set up.
+    #[serde(default)]
+    pub settings: Option<String>,
     /// What an acknowledgement meant.
     pub ack: Option<Ack>,
+    /// What it means in this case to Felucca: the strongest level that a peer beside it may have.
+    #[serde(default)]
+    pub level: Option<Ack>,
     /// Counts from 1.
     pub rep: u32,
     /// Records, or operations, within the measured time.
@@ -27,18 +36,38 @@ pub struct Row {
     pub records_per_s: Option<f64>,
     /// Of record values (of whole batches where encoded batches are sent).
     pub bytes_per_s: Option<f64>,
+    /// At which records were sent, where that is fixed, in records per second.
+    #[serde(default)]
+    pub rate: Option<u32>,
+    /// As long as the server took until it had come to rest counts too: what it can take in all the time.
+    #[serde(default)]
+    pub sustained_records_per_s: Option<f64>,
+    #[serde(default)]
+    pub sustained_bytes_per_s: Option<f64>,
+    /// From the last acknowledgement until the server came to rest.
+    #[serde(default)]
+    pub drain_s: Option<f64>,
     pub p50_us: Option<f64>,
     pub p99_us: Option<f64>,
     pub p999_us: Option<f64>,
-    /// Processor time of the broker within the measured time.
+    /// Processor time of the server within the measured time.
     pub server_cpu_s: Option<f64>,
     /// Processor time of this process within the measured time.
     pub client_cpu_s: Option<f64>,
-    /// Resident memory of the broker at the end.
+    /// Resident memory of the server at the end.
     pub server_rss_bytes: Option<u64>,
-    /// Bytes that reached the device of the broker's data within the measured time, by whomever; what is still in the page
+    /// Bytes that reached the device of the server's data within the measured time, by whomever; what is still in the page
     /// cache is not in it.
     pub disk_bytes: Option<u64>,
+    /// Size of the server's program without symbols.
+    #[serde(default)]
+    pub binary_bytes: Option<u64>,
+    /// Latencies as pairs of percentile and microseconds.
+    #[serde(default)]
+    pub percentiles: Vec<(f64, f64)>,
+    /// Records (requests, where encoded batches are sent) in each tenth of a second.
+    #[serde(default)]
+    pub timeline: Vec<u64>,
 }
 
 impl Row {
@@ -62,9 +91,15 @@ impl Row {
         self.p50_us = quantile(0.5);
         self.p99_us = quantile(0.99);
         self.p999_us = quantile(0.999);
+        self.percentiles = PERCENTILES
+            .iter()
+            .map(|percentile| (*percentile, nanoseconds.value_at_percentile(*percentile) as f64 / 1e3))
+            .collect();
     }
 }
 
+/// Points of a latency curve, denser towards the end.
+const PERCENTILES: &[f64] = &[0.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.5, 99.9, 99.95, 99.99, 100.0];
 /// Longest latency that is told from longer ones.
 const LONGEST: Duration = Duration::from_secs(3600);
 

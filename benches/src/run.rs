@@ -1,15 +1,21 @@
-//! A run: every case of every workload, repetition by repetition, with the machine's limits beside them.
+//! A run: every case of every workload, repetition by repetition and in each peer by peer, with the machine's limits beside
+//! them.
+//!
+//! Peers take turns (A B A B …), so that what drifts in the machine meets all of them. What a results folder has already is
+//! not measured again; a run that was ended, or whose time was up, is taken up where it stopped.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 
-use crate::broker::Launcher;
+use crate::peer::Peer;
 use crate::report::Sink;
 use crate::row::Row;
+use crate::server::Launcher;
 use crate::workload::{
-    Ack, Consume, EndToEnd, Footprint, Produce, Producers, Receive, Share, Work, Workload,
+    Ack, Cache, Consume, EndToEnd, FanOut, Footprint, Produce, Producers, Rate, Receive, Share, Work,
+    Workload,
 };
 use crate::{limits, measure};
 
@@ -78,9 +84,10 @@ impl Effort {
 pub(crate) enum Case {
     Produce { work: Produce, ack: Ack, producers: Producers },
     Raw { work: Produce, ack: Ack, producers: Producers },
-    Consume { work: Consume, consumers: u32 },
-    EndToEnd { work: EndToEnd, ack: Ack },
+    Consume { work: Consume, consumers: u32, cache: Cache },
+    EndToEnd { work: EndToEnd, ack: Ack, rate: Rate },
     Share { work: Share, members: u32, receive: Receive },
+    FanOut(FanOut),
     Footprint(Footprint),
 }
 
@@ -96,17 +103,18 @@ impl Case {
                 product(&work.ack, &work.producers).map(case).collect()
             }
             Work::Consume(work) => {
-                let case = |consumers: &u32| Self::Consume { work: work.clone(), consumers: *consumers };
-                work.consumers.iter().map(case).collect()
+                let case = |(cache, consumers)| Self::Consume { work: work.clone(), consumers, cache };
+                product(&work.cache, &work.consumers).map(case).collect()
             }
             Work::EndToEnd(work) => {
-                let case = |ack: &Ack| Self::EndToEnd { work: work.clone(), ack: *ack };
-                work.ack.iter().map(case).collect()
+                let case = |(ack, rate)| Self::EndToEnd { work: work.clone(), ack, rate };
+                product(&work.ack, &work.rates).map(case).collect()
             }
             Work::Share(work) => {
                 let case = |(receive, members)| Self::Share { work: work.clone(), members, receive };
                 product(&work.receive, &work.members).map(case).collect()
             }
+            Work::FanOut(work) => vec![Self::FanOut(work.clone())],
             Work::Footprint(work) => vec![Self::Footprint(work.clone())],
         }
     }
@@ -115,13 +123,23 @@ impl Case {
         let on = |connections: u32| count(connections as usize, "connection");
         match self {
             Self::Produce { producers, .. } => {
-                format!("{}, {} in flight", on(producers.connections), count(producers.in_flight, "record"))
+                let what = match producers.block_records {
+                    None => count(producers.in_flight, "record"),
+                    Some(records) => format!("{} of {records}", count(producers.in_flight, "block")),
+                };
+                let partitions = match producers.partitions {
+                    None => String::new(),
+                    Some(partitions) => format!(", {}", count(partitions as usize, "partition")),
+                };
+                format!("{}, {what} in flight{partitions}", on(producers.connections))
             }
             Self::Raw { producers, .. } => {
                 format!("{}, {} in flight", on(producers.connections), count(producers.in_flight, "request"))
             }
-            Self::Consume { consumers, .. } => on(*consumers),
-            Self::EndToEnd { work, .. } => format!("{} records/s", work.rate),
+            Self::Consume { consumers, cache: Cache::Warm, .. } => on(*consumers),
+            Self::Consume { consumers, cache: Cache::Cold, .. } => format!("{}, cold", on(*consumers)),
+            Self::EndToEnd { rate: Rate::Fixed(rate), .. } => format!("{rate} records/s"),
+            Self::EndToEnd { rate: Rate::Half, .. } => "half of the fastest rate".to_owned(),
             Self::Share { members, receive, .. } => {
                 let how = match receive {
                     Receive::Next => "next and ack",
@@ -129,15 +147,52 @@ impl Case {
                 };
                 format!("{how}, {}", count(*members as usize, "member"))
             }
+            Self::FanOut(work) => count(work.groups as usize, "group"),
             Self::Footprint(_) => "start to first accept; idle memory".to_owned(),
         }
     }
 
-    fn ack(&self) -> Option<Ack> {
+    /// What Felucca's acknowledgements mean: the strongest level at which a peer may stand beside it. `None` where nothing
+    /// is acknowledged.
+    fn level(&self) -> Option<Ack> {
         match self {
             Self::Produce { ack, .. } | Self::Raw { ack, .. } | Self::EndToEnd { ack, .. } => Some(*ack),
-            Self::Consume { .. } | Self::Share { .. } | Self::Footprint(_) => None,
+            // Whoever produces need not wait for the device; that a record is done is always synced.
+            Self::Share { .. } => Some(Ack::Synced),
+            Self::FanOut(_) => Some(Ack::Written),
+            Self::Consume { .. } | Self::Footprint(_) => None,
         }
+    }
+
+    /// At which level a peer's server is set up, if the case is one for the peer at all.
+    fn level_of(&self, peer: Peer) -> Option<Ack> {
+        let weakest = || peer.levels().first().copied();
+        let takes_part = match self {
+            Self::Raw { .. } => peer == Peer::Felucca,
+            // The others' clients have one way only.
+            Self::Share { receive: Receive::Worker, .. } => peer == Peer::Felucca,
+            Self::Share { .. } => peer.has_groups(),
+            Self::FanOut(_) => peer.has_readers(),
+            // In Redis' memory only, and read from a queue it is gone.
+            Self::Consume { cache: Cache::Cold, .. } => peer != Peer::Redis,
+            Self::Produce { work, producers, .. } => {
+                producers.partitions.unwrap_or(work.partitions) <= peer.most_partitions()
+            }
+            Self::Consume { .. } | Self::EndToEnd { .. } | Self::Footprint(_) => true,
+        };
+        if !takes_part {
+            return None;
+        }
+        match self {
+            // Records are in the page cache; a peer that always syncs may do so.
+            Self::Share { .. } | Self::Consume { .. } | Self::Footprint(_) => weakest(),
+            _ => self.level().and_then(|level| peer.level_beside(level)),
+        }
+    }
+
+    /// Some cases need a server of their own.
+    fn can_run_against_others(&self) -> bool {
+        !matches!(self, Self::Footprint(_) | Self::Consume { cache: Cache::Cold, .. })
     }
 
     /// What is stored at most.
@@ -146,10 +201,17 @@ impl Case {
             Self::Produce { work, .. } | Self::Raw { work, .. } => effort.bytes(work.max_bytes),
             Self::Consume { work, .. } => effort.records(work.records) * work.record_bytes as u64,
             Self::Share { work, .. } => effort.records(work.records) * work.record_bytes as u64,
-            Self::EndToEnd { work, .. } => {
+            Self::EndToEnd { work, rate, .. } => {
                 let time = effort.warm_up(work.warm_up_seconds) + effort.measured(work.seconds);
-                (time.as_secs_f64() * f64::from(work.rate)) as u64 * work.record_bytes as u64
+                match rate {
+                    Rate::Fixed(rate) => {
+                        (time.as_secs_f64() * f64::from(*rate)) as u64 * work.record_bytes as u64
+                    }
+                    // Found out by sending as much as that at the most, and then as much again.
+                    Rate::Half => effort.bytes(16 << 30),
+                }
             }
+            Self::FanOut(work) => effort.bytes(work.max_bytes),
             Self::Footprint(_) => 0,
         }
     }
@@ -168,57 +230,126 @@ fn product<A: Copy, B: Copy>(firsts: &[A], seconds: &[B]) -> impl Iterator<Item 
 #[derive(Debug)]
 pub struct Run {
     pub workloads: Vec<Workload>,
+    /// In the order in which they take turns.
+    pub peers: Vec<Peer>,
     pub launcher: Launcher,
     pub effort: Effort,
     pub repetitions: u32,
-    /// The machine's limits are measured in each repetition.
+    /// The machine's limits are measured before each repetition of a workload's first case.
     pub limits: bool,
     /// Threads that run the client's tasks.
     pub client_threads: u32,
+    /// No measurement of a workload begins later than this after the workload's first one.
+    pub longest: Duration,
     /// On the disk that is measured.
     pub data_dir: PathBuf,
+}
+
+/// What became of a run that did not fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Everything is there.
+    Complete,
+    /// A workload's time was up; the same run into the same folder goes on.
+    TimeIsUp,
 }
 
 impl Run {
     /// Measures everything. Each row goes to the sink as soon as it is there.
     ///
     /// # Errors
-    /// The first measurement that failed, by name. Rows measured before it are in the sink.
-    pub fn measure(&self, sink: &mut Sink) -> anyhow::Result<()> {
-        let version = self.launcher.version();
-        for rep in 1..=self.repetitions {
-            if self.limits {
-                let time = self.effort.measured(LIMIT_SECONDS);
-                let limits = limits::measure(&self.data_dir, time, self.effort.bytes(LIMIT_FILE_BYTES));
-                for row in limits.context("cannot measure the machine")? {
-                    sink.take(Row { rep, ..row })?;
-                }
-            }
-            for workload in &self.workloads {
-                for case in Case::all(&workload.work) {
-                    if matches!((&self.launcher, &case), (Launcher::Running(_), Case::Footprint(_))) {
-                        continue;
+    /// A peer that is not there, or that may stand beside Felucca in no case; or the first measurement that failed, by name.
+    /// Rows measured before it are in the sink.
+    pub fn measure(&self, sink: &mut Sink) -> anyhow::Result<End> {
+        for peer in &self.peers {
+            self.launcher.check(*peer)?;
+            self.check_takes_part(*peer)?;
+        }
+        let mut end = End::Complete;
+        for workload in &self.workloads {
+            let began = Instant::now();
+            for (index, case) in Case::all(&workload.work).iter().enumerate() {
+                for rep in 1..=self.repetitions {
+                    if index == 0 && self.limits && began.elapsed() < self.longest {
+                        self.measure_limits(&workload.name, rep, sink)?;
                     }
-                    let name = case.name();
-                    let row = self
-                        .measure_case(&case)
-                        .with_context(|| format!("{}, {name}: the measurement failed", workload.name))?;
-                    sink.take(Row {
-                        workload: workload.name.clone(),
-                        case: name,
-                        peer: "felucca".to_owned(),
-                        peer_version: version.clone(),
-                        ack: case.ack().or(row.ack),
-                        rep,
-                        ..row
-                    })?;
+                    for peer in &self.peers {
+                        if began.elapsed() < self.longest {
+                            self.measure_once(workload, case, *peer, rep, sink)?;
+                        } else {
+                            end = End::TimeIsUp;
+                        }
+                    }
                 }
             }
+        }
+        Ok(end)
+    }
+
+    /// What somebody asked for is not silently left out.
+    fn check_takes_part(&self, peer: Peer) -> anyhow::Result<()> {
+        let cases = self.workloads.iter().flat_map(|workload| Case::all(&workload.work));
+        let takes_part = cases.map(|case| case.level_of(peer)).any(|level| level.is_some());
+        let levels: Vec<_> = peer.levels().iter().map(|level| level.name()).collect();
+        ensure!(
+            takes_part,
+            "{} has no case in these workloads: it acknowledges {}, and is not compared with a weaker promise",
+            peer.name(),
+            levels.join(" or ")
+        );
+        Ok(())
+    }
+
+    fn measure_limits(&self, workload: &str, rep: u32, sink: &mut Sink) -> anyhow::Result<()> {
+        if sink.has_limits(workload, rep) {
+            return Ok(());
+        }
+        let time = self.effort.measured(LIMIT_SECONDS);
+        let limits = limits::measure(&self.data_dir, time, self.effort.bytes(LIMIT_FILE_BYTES));
+        for row in limits.context("cannot measure the machine")? {
+            sink.take(Row { rep, beside: workload.to_owned(), ..row })?;
         }
         Ok(())
     }
 
-    fn measure_case(&self, case: &Case) -> anyhow::Result<Row> {
+    fn measure_once(
+        &self,
+        workload: &Workload,
+        case: &Case,
+        peer: Peer,
+        rep: u32,
+        sink: &mut Sink,
+    ) -> anyhow::Result<()> {
+        let Some(level) = case.level_of(peer) else { return Ok(()) };
+        if self.launcher.runs_already(peer) && !case.can_run_against_others() {
+            return Ok(());
+        }
+        let name = case.name();
+        let promised = case.level();
+        if sink.has(&workload.name, &name, promised, peer, rep) {
+            return Ok(());
+        }
+        let row = self
+            .measure_case(peer, level, case)
+            .with_context(|| format!("{}, {name}, {}: the measurement failed", workload.name, peer.name()))?;
+        let ack = match case {
+            Case::Share { .. } if peer == Peer::Felucca => Some(Ack::Synced),
+            Case::Consume { .. } | Case::Footprint(_) => None,
+            _ => Some(level),
+        };
+        sink.take(Row {
+            workload: workload.name.clone(),
+            case: name,
+            peer: peer.name().to_owned(),
+            peer_version: self.launcher.version(peer),
+            ack,
+            level: promised,
+            rep,
+            ..row
+        })
+    }
+
+    fn measure_case(&self, peer: Peer, level: Ack, case: &Case) -> anyhow::Result<Row> {
         let needed = case.stored_bytes(&self.effort).saturating_mul(DISK_FACTOR).saturating_add(DISK_RESERVE);
         let free = free_bytes(&self.data_dir)?;
         ensure!(
@@ -228,7 +359,7 @@ impl Run {
             free >> 20,
             needed >> 20
         );
-        measure::measure(&self.launcher, &self.effort, self.client_threads, case)
+        measure::measure(&self.launcher, peer, level, &self.effort, self.client_threads, case)
     }
 }
 
@@ -249,10 +380,37 @@ mod tests {
         let mut names = HashSet::new();
         for workload in &workloads {
             for case in Case::all(&workload.work) {
-                assert!(names.insert((workload.name.clone(), case.name(), case.ack())), "{case:?}");
+                assert!(names.insert((workload.name.clone(), case.name(), case.level())), "{case:?}");
             }
         }
         assert!(names.len() > 20);
+    }
+
+    #[test]
+    fn no_peer_stands_beside_a_weaker_promise() {
+        let synced = Workload::find("W6").unwrap();
+        let written = Workload::find("W1").unwrap();
+        let level = |workload: &Workload, peer| Case::all(&workload.work)[0].level_of(peer);
+        assert_eq!(level(&written, Peer::RabbitmqQuorum), None);
+        assert_eq!(level(&written, Peer::Redis), Some(Ack::Written));
+        assert_eq!(level(&synced, Peer::RabbitmqQuorum), Some(Ack::Synced));
+        assert_eq!(level(&synced, Peer::RabbitmqStream), Some(Ack::Written));
+        let base = tempfile::tempdir().unwrap();
+        let programs = crate::peer::Programs { felucca: PathBuf::new(), folder: PathBuf::new() };
+        let run = Run {
+            workloads: vec![written],
+            peers: Vec::new(),
+            launcher: Launcher::new(programs, base.path()).unwrap(),
+            effort: Effort::QUICK,
+            repetitions: 1,
+            limits: false,
+            client_threads: 1,
+            longest: Duration::MAX,
+            data_dir: base.path().to_owned(),
+        };
+        assert!(run.check_takes_part(Peer::RabbitmqStream).is_ok());
+        let error = run.check_takes_part(Peer::RabbitmqQuorum).unwrap_err();
+        assert!(error.to_string().contains("weaker promise"), "{error}");
     }
 
     #[test]

@@ -11,10 +11,13 @@ use serde::{Deserialize, Serialize};
 /// The standard workloads in the order in which they run.
 const STANDARD: &[&str] = &[
     include_str!("../workloads/w1.toml"),
+    include_str!("../workloads/w2.toml"),
     include_str!("../workloads/w3.toml"),
+    include_str!("../workloads/w3-small.toml"),
     include_str!("../workloads/w4.toml"),
     include_str!("../workloads/w5.toml"),
     include_str!("../workloads/w6.toml"),
+    include_str!("../workloads/w7.toml"),
     include_str!("../workloads/w9.toml"),
 ];
 
@@ -22,29 +25,25 @@ const STANDARD: &[&str] = &[
 const RAW: &[&str] =
     &[include_str!("../workloads/raw-blocks.toml"), include_str!("../workloads/raw-singles.toml")];
 
-/// What an acknowledgement means.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+/// What an acknowledgement means; the weakest promise is the smallest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Ack {
-    /// On the device.
-    Synced,
+    /// In the server's memory.
+    Memory,
     /// In the page cache.
     Written,
+    /// On the device.
+    Synced,
 }
 
 impl Ack {
-    pub(crate) fn name(self) -> &'static str {
+    /// As in results.
+    pub fn name(self) -> &'static str {
         match self {
-            Self::Synced => "synced",
+            Self::Memory => "memory",
             Self::Written => "written",
-        }
-    }
-
-    /// Settings of a topic on which this level is possible and decides what readers see.
-    pub(crate) fn topic_config(self) -> &'static [(&'static str, &'static str)] {
-        match self {
-            Self::Synced => &[],
-            Self::Written => &[("allow-written", "true"), ("visibility", "written")],
+            Self::Synced => "synced",
         }
     }
 }
@@ -71,6 +70,7 @@ pub enum Work {
     Consume(Consume),
     EndToEnd(EndToEnd),
     Share(Share),
+    FanOut(FanOut),
     Footprint(Footprint),
 }
 
@@ -96,8 +96,14 @@ pub struct Produce {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Producers {
     pub connections: u32,
-    /// Records (raw: requests) that each connection has unacknowledged.
+    /// Records, or blocks of them (raw: requests), that each connection has unacknowledged.
     pub in_flight: usize,
+    /// Records that are handed to the producer together; one by one without it.
+    #[serde(default)]
+    pub block_records: Option<usize>,
+    /// Other than the workload's.
+    #[serde(default)]
+    pub partitions: Option<u32>,
 }
 
 /// Reading what was produced before.
@@ -108,7 +114,19 @@ pub struct Consume {
     pub partitions: u32,
     pub batch_bytes: usize,
     pub consumers: Vec<u32>,
+    /// Whether records are in the page cache.
+    pub cache: Vec<Cache>,
     pub records: u64,
+}
+
+/// Where records are when they are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cache {
+    /// Where they were left when they were written, not long ago.
+    Warm,
+    /// On the device only, if the server keeps them in files.
+    Cold,
 }
 
 /// Producing at a fixed rate and reading at the same time.
@@ -118,10 +136,52 @@ pub struct EndToEnd {
     pub ack: Vec<Ack>,
     pub record_bytes: usize,
     pub partitions: u32,
-    /// Records per second.
-    pub rate: u32,
+    pub rates: Vec<Rate>,
     pub warm_up_seconds: f64,
     pub seconds: f64,
+}
+
+/// How fast records are sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rate {
+    /// Records per second.
+    Fixed(u32),
+    /// Half of what the same server takes in from one connection as fast as it can: `"half"`.
+    Half,
+}
+
+impl<'de> Deserialize<'de> for Rate {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Number(u32),
+            Word(String),
+        }
+        match Written::deserialize(deserializer)? {
+            Written::Number(rate) => Ok(Self::Fixed(rate)),
+            Written::Word(word) if word == "half" => Ok(Self::Half),
+            Written::Word(word) => {
+                Err(serde::de::Error::custom(format!("{word:?} is neither a number nor \"half\"")))
+            }
+        }
+    }
+}
+
+/// One producer and many readers of everything, each on a connection of its own.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct FanOut {
+    pub record_bytes: usize,
+    pub partitions: u32,
+    pub batch_bytes: usize,
+    pub groups: u32,
+    /// Records that the producer has unacknowledged.
+    pub in_flight: usize,
+    pub warm_up_seconds: f64,
+    pub seconds: f64,
+    /// Produced at the most.
+    pub max_bytes: u64,
 }
 
 /// Working through records with a share group.
@@ -198,14 +258,21 @@ impl Workload {
     fn check(&self) -> anyhow::Result<()> {
         let sound = match &self.work {
             Work::Produce(work) | Work::Raw(work) => {
-                let some = |producers: &Producers| producers.connections > 0 && producers.in_flight > 0;
+                let some = |producers: &Producers| {
+                    producers.connections > 0
+                        && producers.in_flight > 0
+                        && producers.block_records != Some(0)
+                        && producers.partitions != Some(0)
+                };
                 work.producers.iter().all(some)
+                    && !work.ack.contains(&Ack::Memory)
                     && work.partitions > 0
                     && lasts(work.warm_up_seconds, work.seconds)
             }
             Work::Consume(work) => work.records > 0 && work.partitions > 0 && !work.consumers.contains(&0),
             Work::EndToEnd(work) => {
-                work.rate > 0
+                !work.rates.contains(&Rate::Fixed(0))
+                    && !work.ack.contains(&Ack::Memory)
                     && work.partitions > 0
                     && work.record_bytes >= 8
                     && lasts(work.warm_up_seconds, work.seconds)
@@ -217,10 +284,19 @@ impl Workload {
                     && !work.members.contains(&0)
                     && lasts(work.warm_up_seconds, work.seconds)
             }
+            Work::FanOut(work) => {
+                work.partitions > 0
+                    && work.groups > 0
+                    && work.in_flight > 0
+                    && lasts(work.warm_up_seconds, work.seconds)
+            }
             Work::Footprint(work) => work.starts > 0,
         };
         if !sound {
-            bail!("counts and seconds must be above zero, and end-to-end records have at least 8 bytes");
+            bail!(
+                "counts and seconds must be above zero, end-to-end records have at least 8 bytes, and records are \
+                 acknowledged \"written\" or \"synced\""
+            );
         }
         Ok(())
     }

@@ -2,19 +2,30 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Moved;
 use crate::row::{Row, latencies, record};
 
-/// Blocks from as many writing threads to as many reading ones.
-pub(super) fn copy(streams: u32, block: usize, time: Duration) -> io::Result<Moved> {
+/// Blocks from as many writing threads to as many reading ones, each of which writes what it reads into a file of its own
+/// in a directory, if there is one: from its start again when so much is in it.
+pub(super) fn copy(
+    streams: u32,
+    block: usize,
+    time: Duration,
+    into: Option<(&Path, u64)>,
+) -> io::Result<Moved> {
+    let file = |_| into.map(|(directory, _)| tempfile::tempfile_in(directory)).transpose();
+    let files = (0..streams).map(file).collect::<io::Result<Vec<_>>>()?;
+    let most = into.map_or(u64::MAX, |(_, most)| most / u64::from(streams));
     let pairs = (0..streams).map(|_| pair()).collect::<io::Result<Vec<_>>>()?;
     let began = Instant::now();
     let read = thread::scope(|scope| {
         let mut readers = Vec::new();
-        for (mut from, mut to) in pairs {
+        for ((mut from, mut to), file) in pairs.into_iter().zip(&files) {
             scope.spawn(move || {
                 let bytes = vec![7; block];
                 // A reader that failed reports it itself.
@@ -22,12 +33,18 @@ pub(super) fn copy(streams: u32, block: usize, time: Duration) -> io::Result<Mov
             });
             readers.push(scope.spawn(move || {
                 let mut buffer = vec![0; 256 << 10];
-                let mut total = 0;
+                let (mut total, mut position) = (0, 0);
                 loop {
-                    match to.read(&mut buffer)? {
-                        0 => return Ok(total),
-                        count => total += count as u64,
+                    let count = to.read(&mut buffer)?;
+                    if count == 0 {
+                        return Ok(total);
                     }
+                    if let Some(file) = file {
+                        position = if position + count as u64 > most { 0 } else { position };
+                        file.write_all_at(&buffer[..count], position)?;
+                    }
+                    total += count as u64;
+                    position += count as u64;
                 }
             }));
         }

@@ -1,72 +1,94 @@
 //! Reading in order what was produced before, from the first record to the last.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use felucca_client::{Client, Consumer, Start};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::window::Meter;
-use super::{PATIENCE, Session, Topic, join};
+use super::{Session, create_topic, join_within, produce};
+use crate::driver::{Consumer, Driver};
+use crate::process;
 use crate::row::Row;
-use crate::workload::{Ack, Consume};
+use crate::workload::{Cache, Consume};
 
 /// Longest pause between two records.
 const PAUSE: Duration = Duration::from_secs(10);
-/// Records between two looks at the clock.
-const STRIDE: u64 = 1000;
+/// Longest time for all of them.
+const ALL: Duration = Duration::from_secs(600);
 
-pub(super) async fn measure(session: &Session, work: &Consume, consumers: u32) -> anyhow::Result<Row> {
-    let records = session.effort.records(work.records);
-    let topic = Topic::create(session, work.partitions, Ack::Written).await?;
-    topic.fill(records, work.record_bytes, work.batch_bytes, Ack::Written).await?;
-    let parts = topic.client.admin().offsets(&topic.name).await?;
-    let stored: u64 = parts.iter().map(|part| part.high_watermark - part.log_start).sum();
-    ensure!(stored == records, "{records} records were acknowledged, {stored} are there");
+/// What all readers together have read. None knows how many records are in its own partitions.
+#[derive(Debug)]
+struct Tally {
+    expected: u64,
+    read: AtomicU64,
+    complete: watch::Sender<bool>,
+}
 
-    let mut readers = Vec::new();
-    for index in 0..consumers.min(topic.partitions) {
-        let mine: Vec<_> = parts.iter().filter(|part| part.partition % consumers == index).copied().collect();
-        let expected = mine.iter().map(|part| part.high_watermark - part.log_start).sum();
-        let partitions = mine.iter().map(|part| part.partition).collect();
-        let client = Client::connect(topic.address.clone()).await?;
-        readers.push((client, partitions, expected));
+impl Tally {
+    fn add(&self, records: u64) {
+        if self.read.fetch_add(records, Ordering::Relaxed) + records >= self.expected {
+            self.complete.send_replace(true);
+        }
     }
+}
+
+pub(super) async fn measure<D: Driver>(
+    session: &Session,
+    work: &Consume,
+    consumers: u32,
+    cache: Cache,
+) -> anyhow::Result<Row> {
+    let driver = D::open(&session.address, session.level).await?;
+    let topic = create_topic(&driver, work.partitions).await?;
+    let readers = consumers.min(topic.partitions);
+    let records = session.effort.records(work.records);
+    let records = produce::fill(&driver, &topic, records, work.record_bytes, work.batch_bytes).await?;
+    if cache == Cache::Cold {
+        let data = session.data.clone().context("only a server that is started here can be read cold")?;
+        tokio::task::spawn_blocking(move || process::drop_from_cache(&data)).await??;
+    }
+
+    let mut ready = Vec::new();
+    for index in 0..readers {
+        ready.push(driver.consumer(&topic, topic.share_of(index, readers)).await?);
+    }
+    let tally =
+        Arc::new(Tally { expected: records, read: AtomicU64::new(0), complete: watch::Sender::new(false) });
     let meter = Meter::start(session);
     let mut tasks = JoinSet::new();
-    for (client, partitions, expected) in readers {
-        tasks.spawn(read(client, topic.name.clone(), partitions, expected, work.record_bytes));
+    for consumer in ready {
+        tasks.spawn(read(consumer, tally.clone(), work.record_bytes));
     }
-    join(tasks).await?;
+    let consumers = join_within(ALL, tasks).await?;
     let row = meter.finish(records, work.record_bytes as u64);
-    topic.discard(session, &[]).await?;
+    for consumer in consumers {
+        consumer.close().await?;
+    }
+    let read = tally.read.load(Ordering::Relaxed);
+    ensure!(read == records, "{records} records were acknowledged, {read} were read");
+    session.discard(&driver, &topic, &[]).await?;
     Ok(row)
 }
 
-async fn read(
-    client: Client,
-    topic: String,
-    partitions: Vec<u32>,
-    expected: u64,
-    record_bytes: usize,
-) -> anyhow::Result<()> {
-    let mut consumer = client.consumer().assign(topic, partitions).start(Start::Beginning).build().await?;
-    let mut left = expected;
-    while left > 0 {
-        let stride = left.min(STRIDE);
-        timeout(PAUSE, read_some(&mut consumer, stride, record_bytes)).await.context("no more records")??;
-        left -= stride;
+/// Reads until all readers together have everything.
+async fn read<C: Consumer>(mut consumer: C, tally: Arc<Tally>, record_bytes: usize) -> anyhow::Result<C> {
+    let mut complete = tally.complete.subscribe();
+    let mut values = Vec::new();
+    loop {
+        tokio::select! {
+            biased;
+            next = timeout(PAUSE, consumer.next(&mut values)) => next.context("no more records")??,
+            _ = complete.wait_for(|complete| *complete) => return Ok(consumer),
+        }
+        for value in &values {
+            ensure!(value.len() == record_bytes, "a record of {} bytes", value.len());
+        }
+        tally.add(values.len() as u64);
+        values.clear();
     }
-    timeout(PATIENCE, consumer.close()).await.context("the consumer does not close")??;
-    Ok(())
-}
-
-async fn read_some(consumer: &mut Consumer, records: u64, record_bytes: usize) -> anyhow::Result<()> {
-    for _ in 0..records {
-        let record = consumer.next().await.context("the stream ended")??;
-        let length = record.value.map_or(0, |value| value.len());
-        ensure!(length == record_bytes, "a record of {length} bytes");
-    }
-    Ok(())
 }

@@ -2,129 +2,124 @@
 
 mod consume;
 mod end_to_end;
+mod fan_out;
 mod footprint;
 mod pacing;
 mod produce;
 mod raw;
 mod share;
-mod window;
+pub(crate) mod window;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use bytes::Bytes;
-use felucca_client::{Client, ErrorCode};
 use tokio::task::JoinSet;
 
-use crate::broker::Launcher;
+use crate::driver::{self, Driver, Topic};
+use crate::peer::Peer;
 use crate::row::Row;
 use crate::run::{Case, Effort};
+use crate::server::Launcher;
 use crate::workload::{Ack, Producers};
 
 /// Longest wait for something that should have come long before.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// Records that each connection has in flight when topics are filled.
 const FILL_IN_FLIGHT: usize = 16_384;
+/// Filling ends early after this time: a slow peer is measured with fewer records.
+const FILL_TIME: Duration = Duration::from_secs(12);
 
 /// What a measurement runs against.
 #[derive(Clone, Debug)]
-struct Session {
+pub(crate) struct Session {
     address: String,
-    /// The broker's process, when this program started it.
-    pid: Option<u32>,
+    /// What an acknowledgement means.
+    level: Ack,
+    /// The server's process group, when this program started it.
+    group: Option<u32>,
     /// Where its data is, when this program chose it.
     data: Option<PathBuf>,
     effort: Effort,
 }
 
-/// Measures one case against a broker of its own. The names of workload, case and version are left to the caller.
+impl Session {
+    /// Cleans up on a server that goes on; one that was started for this measurement ends with its data.
+    async fn discard<D: Driver>(&self, driver: &D, topic: &Topic, groups: &[String]) -> anyhow::Result<()> {
+        if self.group.is_some() { Ok(()) } else { driver.discard(topic, groups).await }
+    }
+}
+
+/// Measures one case against a server of its own at this level. What names the row is left to the caller.
 pub(crate) fn measure(
     launcher: &Launcher,
+    peer: Peer,
+    level: Ack,
     effort: &Effort,
     client_threads: u32,
     case: &Case,
 ) -> anyhow::Result<Row> {
     if let Case::Footprint(work) = case {
-        return footprint::measure(launcher, effort, work);
+        return footprint::measure(launcher, peer, level, effort, work);
     }
-    let broker = launcher.launch()?;
+    let server = launcher.launch(peer, level)?;
     let session = Session {
-        address: broker.address.clone(),
-        pid: broker.pid,
-        data: broker.data_dir(),
+        address: server.address.clone(),
+        level,
+        group: server.group,
+        data: server.data_dir(),
         effort: *effort,
     };
+    let settings = Some(server.settings.clone());
     let threads = client_threads.max(1) as usize;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?;
     // In a task, because the thread that waits here would be one more.
-    let task = runtime.spawn(run(session, case.clone()));
+    let case = case.clone();
+    let task = runtime.spawn(async move {
+        match peer {
+            Peer::Felucca => run::<driver::Felucca>(session, case).await,
+            #[cfg(feature = "redis")]
+            Peer::Redis => run::<driver::Redis>(session, case).await,
+            #[cfg(feature = "jetstream")]
+            Peer::Jetstream => run::<driver::Jetstream>(session, case).await,
+            #[cfg(feature = "rabbitmq")]
+            Peer::RabbitmqQuorum => run::<driver::RabbitmqQuorum>(session, case).await,
+            #[cfg(feature = "rabbitmq")]
+            Peer::RabbitmqStream => run::<driver::RabbitmqStream>(session, case).await,
+            #[cfg(not(all(feature = "redis", feature = "jetstream", feature = "rabbitmq")))]
+            other => anyhow::bail!("{} is not part of this build", other.name()),
+        }
+    });
     let row = runtime.block_on(task).context("the measurement panicked");
     runtime.shutdown_timeout(Duration::from_secs(5));
     let row = row.and_then(|row| row);
-    // That the broker died is the better explanation of a measurement that failed.
-    broker.stop().and(row)
+    // That the server died is the better explanation of a measurement that failed.
+    server.stop().and(row).map(|row| Row { settings, ..row })
 }
 
-async fn run(session: Session, case: Case) -> anyhow::Result<Row> {
+async fn run<D: Driver>(session: Session, case: Case) -> anyhow::Result<Row> {
     match &case {
-        Case::Produce { work, ack, producers } => produce::measure(&session, work, *ack, *producers).await,
-        Case::Raw { work, ack, producers } => raw::measure(&session, work, *ack, *producers).await,
-        Case::Consume { work, consumers } => consume::measure(&session, work, *consumers).await,
-        Case::EndToEnd { work, ack } => end_to_end::measure(&session, work, *ack).await,
-        Case::Share { work, members, receive } => share::measure(&session, work, *members, *receive).await,
-        Case::Footprint(_) => anyhow::bail!("a footprint starts its brokers itself"),
+        Case::Produce { work, producers, .. } => produce::measure::<D>(&session, work, *producers).await,
+        Case::Raw { work, producers, .. } => raw::measure(&session, work, *producers).await,
+        Case::Consume { work, consumers, cache } => {
+            consume::measure::<D>(&session, work, *consumers, *cache).await
+        }
+        Case::EndToEnd { work, rate, .. } => end_to_end::measure::<D>(&session, work, *rate).await,
+        Case::Share { work, members, receive } => {
+            share::measure::<D>(&session, work, *members, *receive).await
+        }
+        Case::FanOut(work) => fan_out::measure::<D>(&session, work).await,
+        Case::Footprint(_) => anyhow::bail!("a footprint starts its servers itself"),
     }
 }
 
 /// A topic of a measurement. To be discarded at its end.
-#[derive(Clone, Debug)]
-struct Topic {
-    client: Client,
-    address: String,
-    name: String,
-    id: Bytes,
-    partitions: u32,
-}
-
-impl Topic {
-    async fn create(session: &Session, partitions: u32, ack: Ack) -> anyhow::Result<Self> {
-        let client = Client::connect(session.address.clone()).await?;
-        let name = unique("bench");
-        let created = client.admin().create_topic(&name, partitions, ack.topic_config()).await?;
-        Ok(Self { client, address: session.address.clone(), name, id: created.id, partitions })
-    }
-
-    /// Deletes topic and share groups from a broker that goes on; one that was started for this case ends with its data.
-    async fn discard(self, session: &Session, groups: &[String]) -> anyhow::Result<()> {
-        if session.pid.is_some() {
-            return Ok(());
-        }
-        let began = Instant::now();
-        for group in groups {
-            // Members that went are members until their session times out.
-            while let Err(error) = self.client.admin().delete_group(group).await {
-                let waits = error.code() == Some(ErrorCode::GroupNotEmpty) && began.elapsed() < PATIENCE;
-                ensure!(waits, error);
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
-        self.client.admin().delete_topic(&self.name).await?;
-        Ok(())
-    }
-
-    /// Produces records of which nothing is measured.
-    async fn fill(
-        &self,
-        records: u64,
-        record_bytes: usize,
-        batch_bytes: usize,
-        ack: Ack,
-    ) -> anyhow::Result<()> {
-        let sender = produce::Sender::new(self, batch_bytes, ack).await?;
-        sender.send_all(records, &value(record_bytes), FILL_IN_FLIGHT).await
-    }
+async fn create_topic<D: Driver>(driver: &D, partitions: u32) -> anyhow::Result<Topic> {
+    let topic = Topic { name: unique("bench").into(), partitions };
+    driver.create_topic(&topic).await?;
+    Ok(topic)
 }
 
 /// A name that no earlier measurement used, whether or not it ended well.
@@ -148,7 +143,14 @@ fn value(bytes: usize) -> Bytes {
 }
 
 /// Waits for tasks that should be at their end, and fails with the first that failed.
-async fn join<T: 'static>(mut tasks: JoinSet<anyhow::Result<T>>) -> anyhow::Result<Vec<T>> {
+async fn join<T: 'static>(tasks: JoinSet<anyhow::Result<T>>) -> anyhow::Result<Vec<T>> {
+    join_within(PATIENCE, tasks).await
+}
+
+async fn join_within<T: 'static>(
+    patience: Duration,
+    mut tasks: JoinSet<anyhow::Result<T>>,
+) -> anyhow::Result<Vec<T>> {
     let mut results = Vec::new();
     let joined = async {
         while let Some(result) = tasks.join_next().await {
@@ -156,6 +158,6 @@ async fn join<T: 'static>(mut tasks: JoinSet<anyhow::Result<T>>) -> anyhow::Resu
         }
         anyhow::Ok(())
     };
-    tokio::time::timeout(PATIENCE, joined).await.context("a task did not end")??;
+    tokio::time::timeout(patience, joined).await.context("a task did not end")??;
     Ok(results)
 }

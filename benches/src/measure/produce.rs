@@ -1,4 +1,4 @@
-//! Producing through the client: each record has its own acknowledgement, and each is looked at.
+//! Producing as fast as what may be in flight allows: each record has its own acknowledgement, and each is looked at.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -6,134 +6,181 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use bytes::Bytes;
-use felucca_client::{Client, Level, PendingAck, Producer, Record};
 use futures::FutureExt;
 use hdrhistogram::Histogram;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::window::{Span, Window};
-use super::{PATIENCE, Producers, Session, Topic, join, value};
+use super::{FILL_IN_FLIGHT, FILL_TIME, PATIENCE, Producers, Session, create_topic, join, value};
+use crate::driver::{Driver, Gathering, Producer, Topic};
 use crate::row::{Row, latencies, record};
-use crate::workload::{Ack, Produce};
+use crate::workload::Produce;
 
-/// A producer and where it sends to.
-#[derive(Debug)]
-pub(super) struct Sender {
-    producer: Producer,
-    topic: Arc<str>,
-}
-
-impl Sender {
-    /// On a connection of its own.
-    pub(super) async fn new(topic: &Topic, batch_bytes: usize, ack: Ack) -> anyhow::Result<Self> {
-        let client = Client::connect(topic.address.clone()).await?;
-        let level = match ack {
-            Ack::Synced => Level::Synced,
-            Ack::Written => Level::Written,
-        };
-        let producer = client.producer().level(level).max_batch_bytes(batch_bytes).build().await?;
-        Ok(Self { producer, topic: topic.name.as_str().into() })
-    }
-
-    pub(super) async fn enqueue(&self, value: Bytes) -> anyhow::Result<PendingAck> {
-        Ok(self.producer.enqueue(Record::new(self.topic.clone(), value)).await?)
-    }
-
-    /// Waits until everything is acknowledged.
-    pub(super) async fn flush(&self) -> anyhow::Result<()> {
-        timeout(PATIENCE, self.producer.flush()).await.context("no acknowledgement")??;
-        Ok(())
-    }
-
-    /// Sends records and waits until all are acknowledged.
-    pub(super) async fn send_all(&self, records: u64, value: &Bytes, in_flight: usize) -> anyhow::Result<()> {
-        let mut pending = VecDeque::with_capacity(in_flight);
-        for _ in 0..records {
-            if pending.len() == in_flight
-                && let Some(mut oldest) = pending.pop_front()
-            {
-                acknowledged(&mut oldest).await?;
-            }
-            pending.push_back(self.enqueue(value.clone()).await?);
+/// Sends records of which nothing is measured, waits until all are acknowledged, and returns how many they were: fewer than
+/// asked for when it takes too long.
+pub(super) async fn fill<D: Driver>(
+    driver: &D,
+    topic: &Topic,
+    records: u64,
+    record_bytes: usize,
+    batch_bytes: usize,
+) -> anyhow::Result<u64> {
+    let gathering = Gathering { batch_bytes, in_flight: FILL_IN_FLIGHT };
+    let mut producer = driver.producer(topic, 0, gathering).await?;
+    let value = value(record_bytes);
+    let began = Instant::now();
+    let mut sent = 0;
+    let mut pending = VecDeque::with_capacity(FILL_IN_FLIGHT);
+    while sent < records && began.elapsed() < FILL_TIME {
+        if pending.len() == FILL_IN_FLIGHT
+            && let Some(mut oldest) = pending.pop_front()
+        {
+            acknowledged(&mut oldest).await?;
         }
-        for mut ack in pending {
-            acknowledged(&mut ack).await?;
-        }
-        Ok(())
+        pending.push_back(producer.enqueue(value.clone()).await?);
+        sent += 1;
     }
-
-    /// Keeps so many records in flight until the window is over.
-    async fn saturate(
-        self,
-        value: Bytes,
-        in_flight: usize,
-        window: Arc<Window>,
-        task: usize,
-    ) -> anyhow::Result<Histogram<u64>> {
-        let mut histogram = latencies();
-        let mut pending: VecDeque<(Instant, PendingAck)> = VecDeque::with_capacity(in_flight);
-        while !window.is_over() {
-            pending.push_back((Instant::now(), self.enqueue(value.clone()).await?));
-            // What has come is counted now; only at the bound is waited.
-            let mut full = pending.len() >= in_flight;
-            while let Some((enqueued, oldest)) = pending.front_mut() {
-                match oldest.now_or_never() {
-                    Some(outcome) => drop(outcome?),
-                    None if full => acknowledged(oldest).await?,
-                    None => break,
-                }
-                if window.is_counting() {
-                    record(&mut histogram, enqueued.elapsed());
-                }
-                window.count(task).add(1);
-                pending.pop_front();
-                full = false;
-            }
-        }
-        for (_, mut ack) in pending {
-            acknowledged(&mut ack).await?;
-        }
-        Ok(histogram)
+    for mut ack in pending {
+        acknowledged(&mut ack).await?;
     }
+    producer.close().await?;
+    Ok(sent)
 }
 
 /// Waits for an acknowledgement, without a timer when it is there already.
-pub(super) async fn acknowledged(pending: &mut PendingAck) -> anyhow::Result<()> {
+pub(super) async fn acknowledged(
+    pending: &mut (impl Future<Output = anyhow::Result<()>> + Unpin),
+) -> anyhow::Result<()> {
     match pending.now_or_never() {
-        Some(outcome) => outcome?,
-        None => timeout(PATIENCE, pending).await.context("no acknowledgement")??,
-    };
-    Ok(())
+        Some(outcome) => outcome,
+        None => timeout(PATIENCE, pending).await.context("no acknowledgement")?,
+    }
 }
 
-pub(super) async fn measure(
+/// What one connection does.
+pub(super) struct Load {
+    pub(super) value: Bytes,
+    /// Records (or blocks) that are unacknowledged.
+    pub(super) in_flight: usize,
+    /// Records that are handed over together.
+    pub(super) block: Option<usize>,
+    pub(super) window: Arc<Window>,
+    pub(super) task: usize,
+}
+
+/// What was sent, and since when it is on its way.
+struct Sent<P> {
+    at: Instant,
+    pending: P,
+    records: u64,
+}
+
+impl Load {
+    pub(super) async fn run<P: Producer>(self, mut producer: P) -> anyhow::Result<Histogram<u64>> {
+        let mut histogram = latencies();
+        match self.block {
+            None => {
+                let mut flight: VecDeque<Sent<P::Pending>> = VecDeque::with_capacity(self.in_flight);
+                while !self.window.is_over() {
+                    let at = Instant::now();
+                    let pending = producer.enqueue(self.value.clone()).await?;
+                    flight.push_back(Sent { at, pending, records: 1 });
+                    self.settle(&mut flight, &mut histogram).await?;
+                }
+                self.drain(flight).await?;
+            }
+            Some(records) => {
+                let values = vec![self.value.clone(); records];
+                let mut flight = VecDeque::with_capacity(self.in_flight);
+                while !self.window.is_over() {
+                    let at = Instant::now();
+                    let pending = producer.enqueue_block(&values).await?;
+                    flight.push_back(Sent { at, pending, records: records as u64 });
+                    self.settle(&mut flight, &mut histogram).await?;
+                }
+                self.drain(flight).await?;
+            }
+        }
+        producer.close().await?;
+        Ok(histogram)
+    }
+
+    /// What has come is counted now; only at the bound is waited.
+    async fn settle<P: Future<Output = anyhow::Result<()>> + Unpin>(
+        &self,
+        flight: &mut VecDeque<Sent<P>>,
+        histogram: &mut Histogram<u64>,
+    ) -> anyhow::Result<()> {
+        let mut full = flight.len() >= self.in_flight;
+        while let Some(oldest) = flight.front_mut() {
+            match (&mut oldest.pending).now_or_never() {
+                Some(outcome) => outcome?,
+                None if full => acknowledged(&mut oldest.pending).await?,
+                None => break,
+            }
+            if self.window.is_counting() {
+                record(histogram, oldest.at.elapsed());
+            }
+            self.window.count(self.task).add(oldest.records);
+            flight.pop_front();
+            full = false;
+        }
+        Ok(())
+    }
+
+    async fn drain<P: Future<Output = anyhow::Result<()>> + Unpin>(
+        &self,
+        flight: VecDeque<Sent<P>>,
+    ) -> anyhow::Result<()> {
+        for mut sent in flight {
+            acknowledged(&mut sent.pending).await?;
+            self.window.count(self.task).add(sent.records);
+        }
+        Ok(())
+    }
+}
+
+pub(super) async fn measure<D: Driver>(
     session: &Session,
     work: &Produce,
-    ack: Ack,
     producers: Producers,
 ) -> anyhow::Result<Row> {
-    let topic = Topic::create(session, work.partitions, ack).await?;
+    let driver = D::open(&session.address, session.level).await?;
+    let topic = create_topic(&driver, producers.partitions.unwrap_or(work.partitions)).await?;
+    let gathering = Gathering {
+        batch_bytes: work.batch_bytes,
+        in_flight: producers.in_flight * producers.block_records.unwrap_or(1),
+    };
     let window = Arc::new(Window::new(producers.connections as usize));
     let value = value(work.record_bytes);
     let mut tasks = JoinSet::new();
-    for task in 0..producers.connections as usize {
-        let sender = Sender::new(&topic, work.batch_bytes, ack).await?;
-        tasks.spawn(sender.saturate(value.clone(), producers.in_flight, window.clone(), task));
+    for task in 0..producers.connections {
+        let producer = driver.producer(&topic, task, gathering).await?;
+        let load = Load {
+            value: value.clone(),
+            in_flight: producers.in_flight,
+            block: producers.block_records,
+            window: window.clone(),
+            task: task as usize,
+        };
+        tasks.spawn(load.run(producer));
     }
     let record_bytes = work.record_bytes as u64;
     let span = Span {
         warm_up: session.effort.warm_up(work.warm_up_seconds),
+        warm_up_units: session.effort.bytes(D::WARM_UP_BYTES) / record_bytes.max(1),
         measured: session.effort.measured(work.seconds),
         most: session.effort.bytes(work.max_bytes) / record_bytes.max(1),
     };
-    let mut row = window.observe(session, &span, record_bytes).await;
+    let (mut row, opening) = window.observe(session, &span, record_bytes).await;
     let mut all = latencies();
     for histogram in join(tasks).await? {
         all.add(histogram)?;
     }
     ensure!(row.records.is_some_and(|records| records > 0), "nothing was acknowledged");
     row.set_latencies(&all);
-    topic.discard(session, &[]).await?;
+    opening.sustained(session, &window, record_bytes, &mut row).await;
+    session.discard(&driver, &topic, &[]).await?;
     Ok(row)
 }

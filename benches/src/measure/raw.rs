@@ -18,7 +18,8 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::window::{Span, Window};
-use super::{PATIENCE, Producers, Session, Topic, join, value};
+use super::{PATIENCE, Producers, Session, create_topic, join, value};
+use crate::driver::{Driver, Felucca};
 use crate::row::{Row, latencies, record};
 use crate::workload::{Ack, Produce};
 
@@ -136,16 +137,12 @@ struct Requests {
 }
 
 impl Requests {
-    fn new(topic: &Topic, partition: u32, ack: Ack, payload: Bytes) -> anyhow::Result<Self> {
+    fn new(topic_id: Bytes, partition: u32, ack: Ack, payload: Bytes) -> anyhow::Result<Self> {
         let level = match ack {
             Ack::Synced => message::Level::Synced,
-            Ack::Written => message::Level::Written,
+            Ack::Written | Ack::Memory => message::Level::Written,
         };
-        let entry = message::ProduceEntry {
-            topic_id: topic.id.clone(),
-            partition,
-            length: u32::try_from(payload.len())?,
-        };
+        let entry = message::ProduceEntry { topic_id, partition, length: u32::try_from(payload.len())? };
         let request = message::Produce { level: level.into(), entries: vec![entry] };
         let mut head = BytesMut::new();
         frame::encode(&mut head, Kind::Request, Api::Produce, 0, &request, payload.len());
@@ -181,28 +178,27 @@ fn check(frame: &Frame) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub(super) async fn measure(
-    session: &Session,
-    work: &Produce,
-    ack: Ack,
-    producers: Producers,
-) -> anyhow::Result<Row> {
-    let topic = Topic::create(session, work.partitions, ack).await?;
+pub(super) async fn measure(session: &Session, work: &Produce, producers: Producers) -> anyhow::Result<Row> {
+    let driver = Felucca::open(&session.address, session.level).await?;
+    let topic = create_topic(&driver, producers.partitions.unwrap_or(work.partitions)).await?;
+    let id = driver.topic_id(&topic).await?;
     let encoded = encode(work.record_bytes, work.batch_bytes)?;
     let window = Arc::new(Window::new(producers.connections as usize));
     let mut tasks = JoinSet::new();
     for task in 0..producers.connections {
-        let requests = Requests::new(&topic, task % topic.partitions, ack, encoded.bytes.clone())?;
+        let requests =
+            Requests::new(id.clone(), task % topic.partitions, session.level, encoded.bytes.clone())?;
         let connection = Connection::open(&session.address).await?;
         tasks.spawn(saturate(connection, requests, producers.in_flight, window.clone(), task as usize));
     }
     let batch_bytes = encoded.bytes.len() as u64;
     let span = Span {
         warm_up: session.effort.warm_up(work.warm_up_seconds),
+        warm_up_units: session.effort.bytes(Felucca::WARM_UP_BYTES) / batch_bytes,
         measured: session.effort.measured(work.seconds),
         most: session.effort.bytes(work.max_bytes) / batch_bytes,
     };
-    let mut row = window.observe(session, &span, batch_bytes).await;
+    let (mut row, opening) = window.observe(session, &span, batch_bytes).await;
     let mut all = latencies();
     for histogram in join(tasks).await? {
         all.add(histogram)?;
@@ -211,7 +207,10 @@ pub(super) async fn measure(
     row.records = row.records.map(|requests| requests * encoded.records);
     row.records_per_s = row.records_per_s.map(|requests| requests * encoded.records as f64);
     row.set_latencies(&all);
-    topic.discard(session, &[]).await?;
+    opening.sustained(session, &window, batch_bytes, &mut row).await;
+    row.sustained_records_per_s =
+        row.sustained_records_per_s.map(|requests| requests * encoded.records as f64);
+    session.discard(&driver, &topic, &[]).await?;
     Ok(row)
 }
 
