@@ -121,6 +121,8 @@ pub(super) struct JournalFile {
     pub(super) path: PathBuf,
     pub(super) header: FileHeader,
     pub(super) disk_file: Arc<dyn DiskFile>,
+    /// Up to here the file's space is on the device, so that syncing frames written into it is cheap.
+    pub(super) prepared: u64,
 }
 
 impl JournalFile {
@@ -143,7 +145,10 @@ impl JournalFile {
             Ok(header) if header.sequence != sequence => {
                 Err(corrupt("the sequence in the file's header is not the one in its name"))
             }
-            Ok(header) => Ok(Self { path, header, disk_file }),
+            Ok(header) => {
+                let prepared = disk_file.len().map_err(io)?;
+                Ok(Self { path, header, disk_file, prepared })
+            }
             Err(HeaderError::Damaged(reason)) => Err(corrupt(reason)),
             Err(HeaderError::Newer(found)) => {
                 Err(RecoverError::NewerFormat { file: path, found, supported: FORMAT_VERSION })
@@ -156,7 +161,7 @@ impl JournalFile {
         let path = dir.join(temporary_name(header.sequence));
         let disk_file = disk.create(&path)?;
         disk_file.write_all_at(&header.encode(), 0)?;
-        Ok(Self { path, header, disk_file })
+        Ok(Self { path, header, disk_file, prepared: FIRST_FRAME })
     }
 
     /// Takes over a file that is no longer needed, under its `.spare` name; the rename away from its `.journal` name
@@ -164,16 +169,14 @@ impl JournalFile {
     pub(super) fn recycle(disk: &dyn Disk, spare: &Path, header: FileHeader) -> io::Result<Self> {
         let disk_file = disk.open(spare)?;
         disk_file.write_all_at(&header.encode(), 0)?;
-        Ok(Self { path: spare.to_path_buf(), header, disk_file })
+        let prepared = disk_file.len()?;
+        Ok(Self { path: spare.to_path_buf(), header, disk_file, prepared })
     }
 
-    /// Writes zeros over `from..to`, synced piece by piece; gives up when told to stop.
-    pub(super) fn fill_zeros(&self, from: u64, to: u64, stop: &AtomicBool) -> io::Result<()> {
+    /// Writes zeros over `from..to`, synced piece by piece; is content with less once `enough` says so.
+    pub(super) fn fill_zeros(&mut self, from: u64, to: u64, enough: &AtomicBool) -> io::Result<()> {
         let mut position = from;
-        while position < to {
-            if stop.load(Ordering::Relaxed) {
-                return Err(io::ErrorKind::Interrupted.into());
-            }
+        while position < to && !enough.load(Ordering::Relaxed) {
             let end = to.min(position + ZERO_PIECE);
             let mut left = (end - position) as usize;
             let mut slices = Vec::with_capacity(left.div_ceil(ZEROS.len()));
@@ -186,6 +189,7 @@ impl JournalFile {
             self.disk_file.sync_data()?;
             position = end;
         }
+        self.prepared = self.prepared.max(position);
         Ok(())
     }
 

@@ -56,7 +56,7 @@ pub struct JournalOptions {
     pub file_bytes: u64,
     /// Largest frame, in bytes, header and table of batch lengths (64 + 4 per batch) included.
     pub max_frame_bytes: u64,
-    /// Released files kept for recycling; more are removed.
+    /// Most released files that are kept for recycling: about what one interval between two checkpoints takes.
     pub spare_files: usize,
     /// Whether a background thread prepares files. Without it the append that needs a file prepares it, which
     /// simulation wants for its order of operations.
@@ -69,7 +69,7 @@ impl Default for JournalOptions {
             first_file_bytes: 1 << 20,
             file_bytes: 64 << 20,
             max_frame_bytes: 20 << 20,
-            spare_files: 2,
+            spare_files: 18,
             background: true,
         }
     }

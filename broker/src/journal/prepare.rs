@@ -1,9 +1,11 @@
 //! Making journal files ahead of their need, and recycling those that are not needed any more.
 //!
 //! Writing zeros once makes every later sync of the file cheaper than growing it would, and a recycled file needs not
-//! even that. Both take tens of milliseconds, so a thread of its own does them.
+//! even that. Both take tens of milliseconds, so a thread of its own does them. When frames come faster than zeros can be
+//! written, a file is handed over with as many as there are: more would only take the disk's time from the frames.
 //!
-//! Invariants: at most one file is wanted or ready at a time; at most `spare_files` spares are kept.
+//! Invariants: at most one file is wanted or ready at a time; no more spares are kept than the last release brought, and
+//! at most `spare_files`.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,6 +19,9 @@ use parking_lot::{Condvar, Mutex};
 use super::file::{self, FileHeader, JournalFile, Listing};
 use super::{JournalOptions, Lsn};
 use crate::disk::Disk;
+
+/// Spares that even a small release leaves.
+const LEAST_SPARES: usize = 2;
 
 /// The file that a journal will go on in.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +44,8 @@ struct Shared {
     desk: Mutex<Desk>,
     changed: Condvar,
     stop: AtomicBool,
+    /// The file in the making is wanted as it is.
+    enough: AtomicBool,
     workshop: Mutex<Workshop>,
 }
 
@@ -56,13 +63,14 @@ impl Preparer {
             disk,
             dir: dir.to_path_buf(),
             file_bytes: options.file_bytes,
-            spare_limit: options.spare_files,
+            most_spares: options.spare_files,
             spares: Vec::new(),
         };
         let shared = Arc::new(Shared {
             desk: Mutex::default(),
             changed: Condvar::new(),
             stop: AtomicBool::new(false),
+            enough: AtomicBool::new(false),
             workshop: Mutex::new(workshop),
         });
         let thread = if options.background {
@@ -80,7 +88,13 @@ impl Preparer {
         let mut desk = self.shared.desk.lock();
         desk.wanted = Some(wanted);
         desk.outcome = None;
+        self.shared.enough.store(false, Ordering::Relaxed);
         self.shared.changed.notify_all();
+    }
+
+    /// The file asked for is wanted soon, with however few zeros. Without a background thread nothing is in the making.
+    pub(super) fn hurry(&self) {
+        self.shared.enough.store(self.thread.is_some(), Ordering::Relaxed);
     }
 
     /// The file asked for, if it is ready.
@@ -131,6 +145,7 @@ impl Preparer {
 impl Drop for Preparer {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.enough.store(true, Ordering::Relaxed);
         // Under the lock, so that the thread cannot miss it between its check and its wait.
         drop(self.shared.desk.lock());
         self.shared.changed.notify_all();
@@ -164,14 +179,11 @@ impl Shared {
             (std::mem::take(&mut desk.retired), desk.wanted.take())
         };
         let busy = !retired.is_empty() || wanted.is_some();
-        for name in retired {
-            // Space that is not given back is a nuisance, not a danger; the next start tries again.
-            if let Err(error) = workshop.retire(&name) {
-                tracing::warn!(file = name, %error, "cannot recycle or remove an old journal file");
-            }
+        if !retired.is_empty() {
+            workshop.retire(&retired);
         }
         if let Some(wanted) = wanted {
-            let outcome = workshop.make(wanted, &self.stop);
+            let outcome = workshop.make(wanted, &self.enough);
             self.desk.lock().outcome = Some(outcome);
             self.changed.notify_all();
         }
@@ -185,12 +197,12 @@ struct Workshop {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
     file_bytes: u64,
-    spare_limit: usize,
+    most_spares: usize,
     spares: Vec<PathBuf>,
 }
 
 impl Workshop {
-    fn make(&mut self, wanted: Wanted, stop: &AtomicBool) -> io::Result<JournalFile> {
+    fn make(&mut self, wanted: Wanted, enough: &AtomicBool) -> io::Result<JournalFile> {
         let Wanted { sequence, previous, synced } = wanted;
         let header = FileHeader::new(sequence, previous, 0, synced);
         let disk = &*self.disk;
@@ -199,17 +211,36 @@ impl Workshop {
             disk.sync_dir(&self.dir)?;
             JournalFile::recycle(disk, &spare, header)?
         } else {
-            let file = JournalFile::create(disk, &self.dir, header)?;
-            file.fill_zeros(file::FIRST_FRAME, self.file_bytes, stop)?;
+            let mut file = JournalFile::create(disk, &self.dir, header)?;
+            file.fill_zeros(file::FIRST_FRAME, self.file_bytes, enough)?;
             file
         };
         file.publish(disk, &self.dir)?;
         Ok(file)
     }
 
-    fn retire(&mut self, name: &str) -> io::Result<()> {
+    /// Recycles or removes files of one release. What one interval between two checkpoints took, the next is likely to
+    /// take as well.
+    fn retire(&mut self, names: &[String]) {
+        let limit = names.len().max(LEAST_SPARES).min(self.most_spares);
+        for name in names {
+            // Space that is not given back is a nuisance, not a danger; the next start tries again.
+            if let Err(error) = self.retire_one(name, limit) {
+                tracing::warn!(file = name, %error, "cannot recycle or remove an old journal file");
+            }
+        }
+        while self.spares.len() > limit
+            && let Some(spare) = self.spares.pop()
+        {
+            if let Err(error) = self.disk.remove(&spare) {
+                tracing::warn!(file = %spare.display(), %error, "cannot remove a spare journal file");
+            }
+        }
+    }
+
+    fn retire_one(&mut self, name: &str, limit: usize) -> io::Result<()> {
         let path = self.dir.join(name);
-        if self.spares.len() >= self.spare_limit || !self.recyclable(&path)? {
+        if self.spares.len() >= limit || !self.recyclable(&path)? {
             return self.disk.remove(&path);
         }
         let spare = match Listing::sequence_of_journal(name) {
@@ -223,9 +254,10 @@ impl Workshop {
         Ok(())
     }
 
-    /// Only files of the usual size, and none whose zeros may not be all there.
+    /// Only files that are worth it, none larger than usual, and none whose making was cut short.
     fn recyclable(&self, path: &Path) -> io::Result<bool> {
         let temporary = path.extension().is_some_and(|extension| extension == "tmp");
-        Ok(!temporary && self.disk.open_read(path)?.len()? == self.file_bytes)
+        let bytes = self.disk.open_read(path)?.len()?;
+        Ok(!temporary && (self.file_bytes / 2..=self.file_bytes).contains(&bytes))
     }
 }

@@ -32,7 +32,7 @@ use super::frame::{self, FrameKind, Place};
 use super::prepare::Preparer;
 use super::reader::FrameReader;
 use super::syncer::Progress;
-use super::writer::{HeldFile, Recovered, write_frame};
+use super::writer::{Asked, HeldFile, Recovered, write_frame};
 use super::{Journal, JournalOptions, Lsn, RecoverError};
 use crate::disk::Disk;
 
@@ -84,7 +84,7 @@ impl Journal {
             position,
             capacity: options.first_file_bytes.max(position),
             options,
-            requested: false,
+            asked: Asked::NotYet,
             next_lsn: scan.next,
             told: scan.next - 1,
             header: Vec::new(),

@@ -31,13 +31,22 @@ pub struct Journal {
     pub(super) position: u64,
     /// End of the current file's preallocated part.
     pub(super) capacity: u64,
-    /// Whether the next file has been asked for.
-    pub(super) requested: bool,
+    /// Whether the next file has been asked for, and urgently.
+    pub(super) asked: Asked,
     pub(super) next_lsn: Lsn,
     /// The highest synced LSN that some frame or header of the journal already tells.
     pub(super) told: Lsn,
     pub(super) header: Vec<u8>,
     pub(super) recovered: Recovered,
+}
+
+/// How the next file has been asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Asked {
+    NotYet,
+    InGoodTime,
+    /// As it is, rather than later.
+    AtOnce,
 }
 
 /// A file that the journal consists of.
@@ -166,17 +175,20 @@ impl Journal {
     /// Goes on to the next file when the frame does not fit the current one, and asks for the next in good time.
     fn make_room(&mut self, bytes: u64, lsn: Lsn, synced: Lsn) -> Result<(), JournalError> {
         let end = self.position + bytes;
-        if !self.requested && end > self.capacity / 2 {
+        if self.asked == Asked::NotYet && end > self.capacity / 2 {
             self.preparer.request(self.wanted(synced));
-            self.requested = true;
+            self.asked = Asked::InGoodTime;
+        }
+        if self.asked == Asked::InGoodTime && end > self.options.file_bytes / 8 * 7 {
+            self.preparer.hurry();
+            self.asked = Asked::AtOnce;
         }
         if end <= self.capacity {
             return Ok(());
         }
         let next = match self.preparer.try_take() {
             Some(next) => next,
-            // Growing the file costs its syncs a little; waiting for the disk to take many megabytes of zeros costs
-            // every caller a lot.
+            // Growing the file costs its syncs a little; waiting costs every caller a lot.
             None if end <= self.options.file_bytes => return Ok(()),
             None => self
                 .preparer
@@ -184,10 +196,10 @@ impl Journal {
                 .map_err(|source| self.progress.stop(FailedAction::Prepare, &self.current.path, source))?,
         };
         self.files.push_back(HeldFile { sequence: next.header.sequence, first_lsn: lsn, fixed: false });
+        self.capacity = next.prepared.min(self.options.file_bytes);
         self.current = Arc::new(next);
         self.position = file::FIRST_FRAME;
-        self.capacity = self.options.file_bytes;
-        self.requested = false;
+        self.asked = Asked::NotYet;
         Ok(())
     }
 
