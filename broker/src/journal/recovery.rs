@@ -374,7 +374,8 @@ fn rebuild<E>(
             events,
             batches,
         );
-        position += write_frame(&file, position, &encoded, events, batches).map_err(io)?;
+        position +=
+            write_frame(&file, position, options.file_bytes, &encoded, events, batches).map_err(io)?;
     }
     let never = AtomicBool::new(false);
     file.fill_zeros(position, options.first_file_bytes, &never).map_err(io)?;

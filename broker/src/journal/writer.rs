@@ -12,9 +12,12 @@ use super::frame::{self, FrameKind, Place};
 use super::prepare::{Preparer, Wanted};
 use super::syncer::{Progress, Syncer};
 use super::{FailedAction, Failure, JournalError, JournalOptions, Lsn};
-use crate::disk::SECTOR;
 
-static PADDING: [u8; SECTOR as usize] = [0; SECTOR as usize];
+/// Writes end where a page of the page cache ends. The page that the next frame begins in is then always in memory whole,
+/// and never has to be read from a recycled file first.
+const PAGE: u64 = 4096;
+
+static PADDING: [u8; PAGE as usize] = [0; PAGE as usize];
 
 /// An open journal, owned by the one thread that writes it. Made by [`Journal::recover`].
 ///
@@ -164,8 +167,9 @@ impl Journal {
         self.make_room(frame::padded(length), lsn + u64::from(kind == FrameKind::Mark), synced)?;
         let place = Place { salt: self.current.header.salt, position: self.position };
         frame::encode(&mut self.header, place, kind, lsn, synced, events, batches);
-        let written = write_frame(&self.current, self.position, &self.header, events, batches)
-            .map_err(|source| self.progress.stop(FailedAction::Write, &self.current.path, source))?;
+        let written =
+            write_frame(&self.current, self.position, self.options.file_bytes, &self.header, events, batches)
+                .map_err(|source| self.progress.stop(FailedAction::Write, &self.current.path, source))?;
         self.progress.wrote(&self.current, lsn, written);
         self.position += written;
         self.told = synced;
@@ -209,10 +213,12 @@ impl Journal {
     }
 }
 
-/// Writes a frame, whose encoded header is given, with its padding; returns the bytes that it occupies.
+/// Writes a frame, whose encoded header is given, and zeros behind it up to the end of the page or the file; returns the
+/// bytes that the frame occupies.
 pub(super) fn write_frame(
     file: &JournalFile,
     position: u64,
+    file_bytes: u64,
     header: &[u8],
     events: &[u8],
     batches: &[Bytes],
@@ -223,7 +229,8 @@ pub(super) fn write_frame(
     slices.push(IoSlice::new(header));
     slices.push(IoSlice::new(events));
     slices.extend(batches.iter().map(|batch| IoSlice::new(batch)));
-    slices.push(IoSlice::new(&PADDING[..(size - length) as usize]));
+    let page_end = (position + size).next_multiple_of(PAGE).min(file_bytes).max(position + size);
+    slices.push(IoSlice::new(&PADDING[..(page_end - position - length) as usize]));
     file.disk_file.write_all_vectored_at(&mut slices, position)?;
     Ok(size)
 }

@@ -1,6 +1,6 @@
 //! What the segment writer's thread does, and what it shares with those who call [`super::SegmentWriter`].
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::HashSet;
 use std::io::{self, IoSlice};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -47,7 +47,6 @@ pub(super) struct Shared {
 #[derive(Debug)]
 struct State {
     queue: Queue,
-    removals: VecDeque<SegmentName>,
     /// Files with bytes, and directories with names, that were not synced yet.
     dirty_files: HashSet<SegmentName>,
     dirty_directories: HashSet<PathBuf>,
@@ -87,7 +86,6 @@ impl Shared {
             wake,
             state: Mutex::new(State {
                 queue: Queue::new(linger),
-                removals: VecDeque::new(),
                 dirty_files: HashSet::new(),
                 dirty_directories: HashSet::new(),
                 idle: false,
@@ -184,11 +182,6 @@ impl Shared {
         std::mem::take(&mut *self.condemned.lock())
     }
 
-    pub(super) fn unlink_later(&self, names: Vec<SegmentName>) {
-        self.state.lock().removals.extend(names);
-        self.work.notify_one();
-    }
-
     pub(super) fn stop(&self, stop: Stop) {
         self.state.lock().stop.get_or_insert(stop);
         self.work.notify_one();
@@ -233,32 +226,24 @@ impl Shared {
     }
 
     pub(super) fn run(&self) {
-        while let Some(work) = self.next() {
-            match work {
-                Work::Write(run) => {
-                    if self.write(&run).is_err() {
-                        return;
-                    }
-                }
-                Work::Remove(name) => self.unlink(name),
+        while let Some(run) = self.next() {
+            if self.write(&run).is_err() {
+                return;
             }
         }
     }
 
     /// Waits for something to do; `None` to end.
-    fn next(&self) -> Option<Work> {
+    fn next(&self) -> Option<Run> {
         let mut state = self.state.lock();
         loop {
             if state.stop == Some(Stop::Now) || self.failure.get().is_some() {
                 return None;
             }
-            if let Some(name) = state.removals.pop_front() {
-                return Some(Work::Remove(name));
-            }
             let stopping = state.stop.is_some();
             let eager = stopping || self.is_pressing(self.unwritten());
             match state.queue.next(Instant::now(), eager) {
-                Next::Write(run) => return Some(Work::Write(run)),
+                Next::Write(run) => return Some(run),
                 Next::Wait(duration) => {
                     self.work.wait_for(&mut state, duration);
                 }
@@ -401,7 +386,8 @@ impl Shared {
         Ok(())
     }
 
-    fn unlink(&self, name: SegmentName) {
+    /// Removes a segment's files; blocks for as long as the file system takes to free the space.
+    pub(super) fn unlink(&self, name: SegmentName) {
         let view = self.views.get(name.partition);
         if view.as_ref().is_some_and(|view| view.segment(name).is_some()) {
             return;
@@ -414,9 +400,4 @@ impl Shared {
             files.remove_empty(name.partition);
         }
     }
-}
-
-enum Work {
-    Write(Run),
-    Remove(SegmentName),
 }

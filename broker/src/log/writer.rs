@@ -194,9 +194,12 @@ impl SegmentWriter {
         Ok(())
     }
 
-    /// Removes files, in the background. What cannot be removed is reported in the log.
+    /// Removes files; blocks for as long as the file system takes to free their space. What cannot be removed is reported
+    /// in the log.
     pub fn unlink(&self, condemned: Condemned) {
-        self.shared.unlink_later(condemned.0);
+        for name in condemned.0 {
+            self.shared.unlink(name);
+        }
     }
 
     /// Writes what waits to be written and ends the thread. Does not sync.

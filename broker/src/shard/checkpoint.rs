@@ -1,11 +1,13 @@
-//! The checkpoint thread: brings a checkpoint to the device once everything that it stands on is there.
+//! The checkpoint thread: brings a checkpoint to the device once everything that it stands on is there, then removes the
+//! files that it no longer knows.
 
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
 use super::core::Checkpoint;
 use super::inbox::{Inbox, News};
-use crate::checkpoint::CheckpointStore;
+use crate::checkpoint::{CheckpointStore, Row};
+use crate::engine::types::Lsn;
 use crate::journal::Syncer;
 use crate::log::SegmentWriter;
 
@@ -22,10 +24,11 @@ impl CheckpointThread {
     /// Runs until the sender is dropped.
     pub(crate) fn run(mut self, checkpoints: &Receiver<Checkpoint>) {
         while let Ok(checkpoint) = checkpoints.recv() {
-            let (lsn, rows) = (checkpoint.lsn, checkpoint.rows.len());
-            match self.commit(checkpoint) {
+            let Checkpoint { lsn, monotonic_ms, rows, condemned } = checkpoint;
+            match self.commit(lsn, monotonic_ms, &rows) {
                 Ok(previous) => {
-                    tracing::debug!(lsn, rows, previous, "checkpoint");
+                    tracing::debug!(lsn, rows = rows.len(), previous, "checkpoint");
+                    self.log.unlink(condemned);
                     self.inbox.tell(News::Checkpointed { previous });
                 }
                 Err(reason) => {
@@ -38,15 +41,12 @@ impl CheckpointThread {
     }
 
     /// Returns the LSN up to which the journal is not needed any more.
-    fn commit(&mut self, checkpoint: Checkpoint) -> Result<u64, String> {
-        let Checkpoint { lsn, monotonic_ms, rows, condemned } = checkpoint;
+    fn commit(&mut self, lsn: Lsn, monotonic_ms: u64, rows: &[Row]) -> Result<Lsn, String> {
         let synced = self.syncer.sync().map_err(|error| error.to_string())?;
         if synced < lsn {
             return Err(format!("frame {lsn} is not synced, {synced} is"));
         }
         self.log.sync().map_err(|error| error.to_string())?;
-        let previous = self.store.commit(lsn, monotonic_ms, &rows).map_err(|error| error.to_string())?;
-        self.log.unlink(condemned);
-        Ok(previous)
+        self.store.commit(lsn, monotonic_ms, rows).map_err(|error| error.to_string())
     }
 }
