@@ -5,7 +5,7 @@ use felucca_protocol::{Api, message};
 
 pub use felucca_protocol::message::{
     DeadLetterTopic, DescribeGroupReply as GroupDescription, GroupKind, GroupListing, GroupMember,
-    GroupPartition, PartitionOffsets, RedriveTarget, TopicKind,
+    GroupOutage, GroupPartition, PartitionOffsets, RedriveTarget, TopicKind,
 };
 
 use crate::client::Client;
@@ -264,6 +264,17 @@ impl Admin {
         let _: message::Empty =
             self.change(Api::DeleteGroup, &message::DeleteGroup { group: group.to_owned() }).await?;
         Ok(())
+    }
+
+    /// Makes the scheduled records of a share group due now, on one of its topics or on all. Answers how many there were.
+    ///
+    /// # Errors
+    /// The group is unknown or no share group, or does not consume the topic.
+    pub async fn kick_group(&self, group: &str, topic: Option<&str>) -> Result<u64> {
+        let topic = topic.unwrap_or_default().to_owned();
+        let request = message::KickGroup { group: group.to_owned(), topic };
+        let reply: message::KickGroupReply = self.look(Api::KickGroup, &request).await?;
+        Ok(reply.records)
     }
 
     /// Stops or resumes handing out records of a share group.

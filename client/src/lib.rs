@@ -60,7 +60,7 @@ mod testing;
 
 pub use admin::{
     Admin, CommittedOffset, DeadLetterTopic, GroupDescription, GroupKind, GroupListing, GroupMember,
-    GroupPartition, PartitionOffsets, RedriveTarget, Redriven, SeekTo, Topic, TopicKind,
+    GroupOutage, GroupPartition, PartitionOffsets, RedriveTarget, Redriven, SeekTo, Topic, TopicKind,
 };
 pub use client::{Client, ClientBuilder};
 pub use consumer::{Consumer, ConsumerBuilder, Start};

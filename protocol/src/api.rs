@@ -56,6 +56,8 @@ pub enum Api {
     ListGroups = 45,
     /// `DescribeGroup` → `DescribeGroupReply`
     DescribeGroup = 46,
+    /// `KickGroup` → `KickGroupReply`
+    KickGroup = 47,
     /// `ShareSubscribe` → `Empty`, then `LeasedRecords` pushes
     ShareSubscribe = 50,
     /// Push of `LeasedRecords` with batches
@@ -79,7 +81,7 @@ pub struct UnknownApi(pub u8);
 
 impl Api {
     /// Every request and push, ascending by number.
-    pub const ALL: [Self; 32] = [
+    pub const ALL: [Self; 33] = [
         Self::Hello,
         Self::Ping,
         Self::Metadata,
@@ -105,6 +107,7 @@ impl Api {
         Self::SeekGroup,
         Self::ListGroups,
         Self::DescribeGroup,
+        Self::KickGroup,
         Self::ShareSubscribe,
         Self::LeasedRecords,
         Self::Settle,

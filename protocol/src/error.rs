@@ -67,6 +67,8 @@ pub enum ErrorCode {
     GroupNotEmpty = 36,
     /// The group's state is damaged and it refuses to serve.
     GroupCorrupt = 37,
+    /// Another process joined under the member's id; this one is out.
+    MemberFenced = 38,
     /// A limit is reached; retry later.
     LimitReached = 50,
     /// Too much is waiting; retry later.
@@ -83,7 +85,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// Every code, ascending by number.
-    pub const ALL: [Self; 35] = [
+    pub const ALL: [Self; 36] = [
         Self::Unknown,
         Self::InvalidRequest,
         Self::UnsupportedVersion,
@@ -113,6 +115,7 @@ impl ErrorCode {
         Self::NotAssigned,
         Self::GroupNotEmpty,
         Self::GroupCorrupt,
+        Self::MemberFenced,
         Self::LimitReached,
         Self::Overloaded,
         Self::Stopping,
@@ -171,6 +174,7 @@ impl ErrorCode {
             Self::NotAssigned => "not-assigned",
             Self::GroupNotEmpty => "group-not-empty",
             Self::GroupCorrupt => "group-corrupt",
+            Self::MemberFenced => "member-fenced",
             Self::LimitReached => "limit-reached",
             Self::Overloaded => "overloaded",
             Self::Stopping => "stopping",

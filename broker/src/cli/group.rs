@@ -14,7 +14,8 @@ pub(super) enum Group {
     /// Create a share group, which works through its topics record by record
     #[command(after_help = "\
 Settings: lease, max-lease, backoff-initial, backoff-max, backoff-multiplier, jitter, max-failures, max-deliveries,
-ordering (none, key), on-exhausted (dead-letter, hold, discard), non-retryable-classes.
+ordering (none, key), on-exhausted (dead-letter, hold, discard), non-retryable-classes, outage-guard (on, off),
+outage-window; and class.NAME.max-failures, class.NAME.backoff-initial, class.NAME.backoff-max for one error class.
 
 A consumer group comes into being with its first member: felucca consume TOPIC --group NAME
 
@@ -59,6 +60,17 @@ Examples:
     /// Hand out records again
     #[command(after_help = "Example:\n  felucca group resume payment")]
     Resume { name: String },
+    /// Try records that wait for their next attempt at once
+    #[command(after_help = "\
+Examples:
+  felucca group kick payment
+  felucca group kick payment --topic orders")]
+    Kick {
+        name: String,
+        /// One of the group's topics only
+        #[arg(long)]
+        topic: Option<String>,
+    },
     /// Move a group to another place in a topic
     #[command(after_help = "\
 Examples:
@@ -91,6 +103,8 @@ struct Shown<'a> {
     group: &'a str,
     kind: &'static str,
     paused: bool,
+    /// While the outage guard is on.
+    outage: Option<Outage>,
     config: BTreeMap<&'a str, &'a str>,
     #[serde(flatten)]
     totals: Totals,
@@ -98,17 +112,30 @@ struct Shown<'a> {
     partitions: Vec<Partition<'a>>,
 }
 
+#[derive(Serialize)]
+struct Outage {
+    limit: u32,
+    next_probe_ms: u64,
+}
+
 /// Sums over the partitions; the age is the oldest one's.
 #[derive(Serialize, Default)]
 struct Totals {
     lag: u64,
     oldest_unsettled_ms: Option<u64>,
+    available: u64,
     leased: u64,
     scheduled: u64,
     held: u64,
+    exhausted: u64,
+    parked: u64,
     acked: u64,
     dead_lettered: u64,
     discarded: u64,
+    skipped: u64,
+    expired: u64,
+    deliveries: u64,
+    failures: u64,
 }
 
 #[derive(Serialize)]
@@ -127,14 +154,17 @@ struct Partition<'a> {
     position: Option<u64>,
     lag: u64,
     oldest_unsettled_ms: Option<u64>,
+    available: u64,
     leased: u64,
     scheduled: u64,
     held: u64,
+    exhausted: u64,
     parked: u64,
     acked: u64,
     dead_lettered: u64,
     discarded: u64,
     skipped: u64,
+    expired: u64,
     deliveries: u64,
     failures: u64,
 }
@@ -176,6 +206,10 @@ impl Group {
                 admin.pause_group(&name, false).await?;
                 done(&name, "resumed", format)
             }
+            Self::Kick { name, topic } => {
+                let records = admin.kick_group(&name, topic.as_deref()).await?;
+                kicked(&name, records, format)
+            }
             Self::Seek { name, topic, partition, to } => {
                 let to = match to {
                     Place::Beginning => SeekTo::Beginning,
@@ -201,6 +235,19 @@ fn done(group: &str, what: &str, format: Format) -> anyhow::Result<()> {
     match format {
         Format::Json => print_json(&Done { group, done: what })?,
         Format::Table => print_line(&format!("{what} group {group}"))?,
+    }
+    Ok(())
+}
+
+fn kicked(group: &str, records: u64, format: Format) -> anyhow::Result<()> {
+    #[derive(Serialize)]
+    struct Kicked<'a> {
+        group: &'a str,
+        records: u64,
+    }
+    match format {
+        Format::Json => print_json(&Kicked { group, records })?,
+        Format::Table => print_line(&format!("{records} records of group {group} are due now"))?,
     }
     Ok(())
 }
@@ -237,12 +284,19 @@ impl<'a> Shown<'a> {
         for one in &group.partitions {
             totals.lag += one.lag;
             totals.oldest_unsettled_ms = totals.oldest_unsettled_ms.max(one.oldest_unsettled_ms);
+            totals.available += one.available;
             totals.leased += one.leased;
             totals.scheduled += one.scheduled;
             totals.held += one.held;
+            totals.exhausted += one.exhausted;
+            totals.parked += one.parked;
             totals.acked += one.acked;
             totals.dead_lettered += one.dead_lettered;
             totals.discarded += one.discarded;
+            totals.skipped += one.skipped;
+            totals.expired += one.expired;
+            totals.deliveries += one.deliveries;
+            totals.failures += one.failures;
         }
         let members = group.members.iter().map(|member| Member {
             member: &member.member_id,
@@ -257,14 +311,17 @@ impl<'a> Shown<'a> {
             position: one.position,
             lag: one.lag,
             oldest_unsettled_ms: one.oldest_unsettled_ms,
+            available: one.available,
             leased: one.leased,
             scheduled: one.scheduled,
             held: one.held,
+            exhausted: one.exhausted,
             parked: one.parked,
             acked: one.acked,
             dead_lettered: one.dead_lettered,
             discarded: one.discarded,
             skipped: one.skipped,
+            expired: one.expired,
             deliveries: one.deliveries,
             failures: one.failures,
         });
@@ -275,6 +332,9 @@ impl<'a> Shown<'a> {
             group: &group.group,
             kind: kind(group.kind()),
             paused: group.paused,
+            outage: group
+                .outage
+                .map(|outage| Outage { limit: outage.limit, next_probe_ms: outage.next_probe_ms }),
             config: group.config.iter().map(|entry| (entry.key.as_str(), entry.value.as_str())).collect(),
             totals,
             members: members.collect(),
@@ -293,6 +353,10 @@ fn describe(group: &GroupDescription, format: Format) -> anyhow::Result<()> {
     print_line(&format!("group  {}\nkind   {}\nstate  {state}", shown.group, shown.kind))?;
     print_line(&format!("lag    {}", shown.totals.lag))?;
     print_line(&format!("oldest {}", or_dash(shown.totals.oldest_unsettled_ms.map(show_millis))))?;
+    if let Some(outage) = &shown.outage {
+        let (limit, next) = (outage.limit, show_millis(outage.next_probe_ms));
+        print_line(&format!("outage {limit} leases at a time, next probe in {next}"))?;
+    }
     for (key, value) in &shown.config {
         print_line(&format!("config {key}={value}"))?;
     }

@@ -84,6 +84,7 @@ impl Engine {
                     config: to_entries(&group.config.entries()),
                     paused: group.paused,
                     hidden: group.hidden,
+                    outage: Some(group.ledger.outage.to_row(name)),
                 };
                 row.encode_to_vec()
             }),

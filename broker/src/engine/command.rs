@@ -160,6 +160,11 @@ pub enum Command {
         group: String,
         paused: bool,
     },
+    /// Makes the scheduled records of a share group due now, on one topic or on all.
+    KickGroup {
+        group: String,
+        topic: Option<String>,
+    },
     SeekGroup {
         group: String,
         topic: String,

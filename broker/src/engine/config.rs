@@ -1,5 +1,6 @@
 //! Settings of topics and share groups: the keys, their ranges and defaults, and how text becomes a value.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::error::EngineError;
@@ -43,6 +44,10 @@ impl Default for EngineSettings {
     }
 }
 
+const TOPIC_KEYS: &[&str] = &["segment-bytes", "allow-written", "visibility", "retention"];
+/// A retention without end.
+const FOREVER: &str = "forever";
+
 /// Settings of one topic.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct TopicConfig {
@@ -51,11 +56,23 @@ pub(crate) struct TopicConfig {
     pub(crate) allow_written: bool,
     /// The level at which records become visible to readers.
     pub(crate) visibility: Level,
+    /// How long records are to be kept, in milliseconds; `None` = for ever. Kept on record: nothing is deleted by it yet.
+    pub(crate) retention_ms: Option<u64>,
 }
 
 impl TopicConfig {
     pub(crate) fn new(settings: &EngineSettings) -> Self {
-        Self { segment_bytes: settings.segment_bytes, allow_written: false, visibility: Level::Synced }
+        Self {
+            segment_bytes: settings.segment_bytes,
+            allow_written: false,
+            visibility: Level::Synced,
+            retention_ms: None,
+        }
+    }
+
+    /// What a dead-letter topic begins with.
+    pub(crate) fn dead_letters(settings: &EngineSettings) -> Self {
+        Self { retention_ms: Some(14 * DAY_MS), ..Self::new(settings) }
     }
 
     /// Applies `key=value` pairs; nothing is changed when one of them is refused.
@@ -72,9 +89,11 @@ impl TopicConfig {
                     self.visibility =
                         parse_choice(key, value, &[("synced", Level::Synced), ("written", Level::Written)])?;
                 }
-                _ => {
-                    return Err(unknown_key("topic", key, &["segment-bytes", "allow-written", "visibility"]));
+                "retention" if value == FOREVER => self.retention_ms = None,
+                "retention" => {
+                    self.retention_ms = Some(parse_millis(key, value, 60_000, 3_650 * DAY_MS)?);
                 }
+                _ => return Err(unknown_key("topic", key, TOPIC_KEYS)),
             }
         }
         if self.visibility == Level::Written && !self.allow_written {
@@ -85,10 +104,15 @@ impl TopicConfig {
 
     pub(crate) fn entries(&self) -> Vec<(String, String)> {
         let visibility = if self.visibility == Level::Synced { "synced" } else { "written" };
+        let retention = self.retention_ms.map_or_else(
+            || FOREVER.to_owned(),
+            |ms| humantime::format_duration(Duration::from_millis(ms)).to_string(),
+        );
         [
             ("segment-bytes", ByteSize(self.segment_bytes).to_string()),
             ("allow-written", self.allow_written.to_string()),
             ("visibility", visibility.to_owned()),
+            ("retention", retention),
         ]
         .map(|(key, value)| (key.to_owned(), value))
         .into()
@@ -120,6 +144,28 @@ pub(crate) struct ShareConfig {
     pub(crate) on_exhausted: OnExhausted,
     /// Error classes that end a record at once.
     pub(crate) non_retryable: Vec<String>,
+    /// What holds for failures of one class instead of the group's own settings.
+    pub(crate) classes: BTreeMap<String, ClassConfig>,
+    /// Whether an outage of what the handlers depend on is told from bad records.
+    pub(crate) outage_guard: bool,
+    /// Outcomes that it looks at.
+    pub(crate) outage_window: u32,
+}
+
+/// Settings of one error class; what is absent is the group's.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct ClassConfig {
+    max_failures: Option<u32>,
+    backoff_initial_ms: Option<u64>,
+    backoff_max_ms: Option<u64>,
+}
+
+/// What holds for failures of a class.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RetryLaw {
+    pub(crate) max_failures: u32,
+    backoff_initial_ms: u64,
+    backoff_max_ms: u64,
 }
 
 impl Default for ShareConfig {
@@ -136,9 +182,16 @@ impl Default for ShareConfig {
             ordered: false,
             on_exhausted: OnExhausted::DeadLetter,
             non_retryable: Vec::new(),
+            classes: BTreeMap::new(),
+            outage_guard: true,
+            outage_window: 100,
         }
     }
 }
+
+const DAY_MS: u64 = 24 * 3_600_000;
+/// Highest limit of failures and deliveries that can be set.
+const MAX_FAILURES: u32 = 1_000_000;
 
 const SHARE_KEYS: &[&str] = &[
     "lease",
@@ -152,12 +205,19 @@ const SHARE_KEYS: &[&str] = &[
     "ordering",
     "on-exhausted",
     "non-retryable-classes",
+    "outage-guard",
+    "outage-window",
 ];
+const CLASS_KEYS: &[&str] = &["max-failures", "backoff-initial", "backoff-max"];
+/// Error classes with settings of their own, and longest name of one in bytes.
+const MAX_CLASSES: usize = 64;
+const MAX_CLASS_BYTES: usize = 128;
+/// What a setting of a class is given to be the group's again.
+const INHERIT: &str = "inherit";
 
 impl ShareConfig {
     /// Applies `key=value` pairs; nothing is changed when one of them is refused.
     pub(crate) fn with(mut self, entries: &[(String, String)]) -> Result<Self, EngineError> {
-        const DAY_MS: u64 = 24 * 3_600_000;
         for (key, value) in entries {
             match key.as_str() {
                 "lease" => self.lease_ms = parse_millis(key, value, 100, 12 * 3_600_000)?,
@@ -166,8 +226,8 @@ impl ShareConfig {
                 "backoff-max" => self.backoff_max_ms = parse_millis(key, value, 0, 7 * DAY_MS)?,
                 "backoff-multiplier" => self.backoff_multiplier = parse_number(key, value, 1.0, 100.0)?,
                 "jitter" => self.jitter = parse_number(key, value, 0.0, 1.0)?,
-                "max-failures" => self.max_failures = parse_number(key, value, 1, 1_000_000)?,
-                "max-deliveries" => self.max_deliveries = parse_number(key, value, 1, 1_000_000)?,
+                "max-failures" => self.max_failures = parse_number(key, value, 1, MAX_FAILURES)?,
+                "max-deliveries" => self.max_deliveries = parse_number(key, value, 1, MAX_FAILURES)?,
                 "ordering" => self.ordered = parse_choice(key, value, &[("none", false), ("key", true)])?,
                 "on-exhausted" => {
                     self.on_exhausted = parse_choice(
@@ -183,7 +243,21 @@ impl ShareConfig {
                 "non-retryable-classes" => {
                     self.non_retryable = value.split_whitespace().map(str::to_owned).collect();
                 }
-                _ => return Err(unknown_key("share group", key, SHARE_KEYS)),
+                "outage-guard" => {
+                    self.outage_guard = parse_choice(key, value, &[("on", true), ("off", false)])?;
+                }
+                "outage-window" => self.outage_window = parse_number(key, value, 10, 100)?,
+                _ => match key.strip_prefix("class.").and_then(|rest| rest.rsplit_once('.')) {
+                    Some((class, setting)) => self.set_class(key, class, setting, value)?,
+                    None => return Err(unknown_key("share group", key, SHARE_KEYS)),
+                },
+            }
+        }
+        for class in self.classes.keys() {
+            let law = self.law(class);
+            if law.backoff_max_ms < law.backoff_initial_ms {
+                let why = format!("class.{class}.backoff-max is below class.{class}.backoff-initial");
+                return Err(EngineError::InvalidConfig(why));
             }
         }
         if self.backoff_max_ms < self.backoff_initial_ms {
@@ -195,6 +269,48 @@ impl ShareConfig {
         Ok(self)
     }
 
+    fn set_class(&mut self, key: &str, class: &str, setting: &str, value: &str) -> Result<(), EngineError> {
+        if class.is_empty() || class.len() > MAX_CLASS_BYTES || class.contains(char::is_whitespace) {
+            let wanted = format!("the class is 1 to {MAX_CLASS_BYTES} bytes without spaces");
+            return Err(invalid(key, value, &wanted));
+        }
+        if !self.classes.contains_key(class) && self.classes.len() >= MAX_CLASSES {
+            let why = format!("{key}: at most {MAX_CLASSES} classes have settings of their own");
+            return Err(EngineError::InvalidConfig(why));
+        }
+        let entry = self.classes.entry(class.to_owned()).or_default();
+        let given = Some(value).filter(|value| *value != INHERIT);
+        match setting {
+            "max-failures" => {
+                entry.max_failures =
+                    given.map(|value| parse_number(key, value, 1, MAX_FAILURES)).transpose()?;
+            }
+            "backoff-initial" => {
+                entry.backoff_initial_ms =
+                    given.map(|value| parse_millis(key, value, 0, DAY_MS)).transpose()?;
+            }
+            "backoff-max" => {
+                entry.backoff_max_ms =
+                    given.map(|value| parse_millis(key, value, 0, 7 * DAY_MS)).transpose()?;
+            }
+            _ => return Err(unknown_key("class", setting, CLASS_KEYS)),
+        }
+        if *entry == ClassConfig::default() {
+            self.classes.remove(class);
+        }
+        Ok(())
+    }
+
+    /// What holds for failures of this class.
+    pub(crate) fn law(&self, class: &str) -> RetryLaw {
+        let own = self.classes.get(class).cloned().unwrap_or_default();
+        RetryLaw {
+            max_failures: own.max_failures.unwrap_or(self.max_failures),
+            backoff_initial_ms: own.backoff_initial_ms.unwrap_or(self.backoff_initial_ms),
+            backoff_max_ms: own.backoff_max_ms.unwrap_or(self.backoff_max_ms),
+        }
+    }
+
     pub(crate) fn entries(&self) -> Vec<(String, String)> {
         let millis = |ms: u64| humantime::format_duration(Duration::from_millis(ms)).to_string();
         let on_exhausted = match self.on_exhausted {
@@ -202,7 +318,7 @@ impl ShareConfig {
             OnExhausted::Hold => "hold",
             OnExhausted::Discard => "discard",
         };
-        [
+        let own = [
             ("lease", millis(self.lease_ms)),
             ("max-lease", millis(self.max_lease_ms)),
             ("backoff-initial", millis(self.backoff_initial_ms)),
@@ -214,9 +330,19 @@ impl ShareConfig {
             ("ordering", if self.ordered { "key" } else { "none" }.to_owned()),
             ("on-exhausted", on_exhausted.to_owned()),
             ("non-retryable-classes", self.non_retryable.join(" ")),
+            ("outage-guard", if self.outage_guard { "on" } else { "off" }.to_owned()),
+            ("outage-window", self.outage_window.to_string()),
         ]
-        .map(|(key, value)| (key.to_owned(), value))
-        .into()
+        .map(|(key, value)| (key.to_owned(), value));
+        let classes = self.classes.iter().flat_map(|(class, own)| {
+            let named = |setting: &str| format!("class.{class}.{setting}");
+            [
+                own.max_failures.map(|count| (named("max-failures"), count.to_string())),
+                own.backoff_initial_ms.map(|ms| (named("backoff-initial"), millis(ms))),
+                own.backoff_max_ms.map(|ms| (named("backoff-max"), millis(ms))),
+            ]
+        });
+        own.into_iter().chain(classes.flatten()).collect()
     }
 
     pub(crate) fn is_non_retryable(&self, class: &str) -> bool {
@@ -225,10 +351,10 @@ impl ShareConfig {
 
     /// The wait before the attempt after the `failures`-th failure:
     /// `min(max, initial · multiplier^(failures-1)) · U(1-jitter, 1+jitter)`, milliseconds.
-    pub(crate) fn backoff_ms(&self, failures: u32, entropy: u64) -> u64 {
+    pub(crate) fn backoff_ms(&self, law: RetryLaw, failures: u32, entropy: u64) -> u64 {
         let exponent = failures.saturating_sub(1).min(1_000);
-        let grown = self.backoff_initial_ms as f64 * self.backoff_multiplier.powi(exponent.cast_signed());
-        let base = grown.min(self.backoff_max_ms as f64);
+        let grown = law.backoff_initial_ms as f64 * self.backoff_multiplier.powi(exponent.cast_signed());
+        let base = grown.min(law.backoff_max_ms as f64);
         // 53 bits make a uniform fraction in 0..1.
         let fraction = (mix(entropy) >> 11) as f64 / (1_u64 << 53) as f64;
         (base * (1.0 - self.jitter + 2.0 * self.jitter * fraction)).round() as u64
@@ -320,7 +446,7 @@ mod tests {
             [(1, 1_000.0), (2, 2_000.0), (5, 16_000.0), (30, 300_000.0), (u32::MAX, 300_000.0)]
         {
             for seed in 0..200 {
-                let delay = config.backoff_ms(failures, seed) as f64;
+                let delay = config.backoff_ms(config.law(""), failures, seed) as f64;
                 assert!(delay >= base * 0.8 - 1.0 && delay <= base * 1.2 + 1.0, "{failures}: {delay}");
             }
         }
@@ -334,13 +460,33 @@ mod tests {
                 ("jitter", "0.5"),
                 ("ordering", "key"),
                 ("on-exhausted", "hold"),
+                ("outage-guard", "off"),
+                ("class.gateway.timeout.max-failures", "50"),
+                ("class.gateway.timeout.backoff-max", "1h"),
             ]))
             .unwrap();
         assert_eq!(ShareConfig::default().with(&config.entries()).unwrap(), config);
         let topic = TopicConfig::new(&EngineSettings::default())
-            .with(&pairs(&[("segment-bytes", "1MiB"), ("allow-written", "true"), ("visibility", "written")]))
+            .with(&pairs(&[
+                ("segment-bytes", "1MiB"),
+                ("allow-written", "true"),
+                ("visibility", "written"),
+                ("retention", "30days"),
+            ]))
             .unwrap();
         assert_eq!(TopicConfig::new(&EngineSettings::default()).with(&topic.entries()).unwrap(), topic);
+    }
+
+    #[test]
+    fn a_class_has_settings_of_its_own_until_it_inherits_again() {
+        let config = ShareConfig::default().with(&pairs(&[("class.io.max-failures", "3")])).unwrap();
+        assert_eq!((config.law("io").max_failures, config.law("cpu").max_failures), (3, 10));
+        assert_eq!(config.law("io").backoff_initial_ms, config.backoff_initial_ms);
+        let config = config.with(&pairs(&[("class.io.max-failures", "inherit")])).unwrap();
+        assert_eq!(config, ShareConfig::default());
+        let many: Vec<(String, String)> =
+            (0..65).map(|i| (format!("class.c{i}.max-failures"), "2".to_owned())).collect();
+        assert!(ShareConfig::default().with(&many).unwrap_err().to_string().contains("at most 64"));
     }
 
     #[test]
@@ -351,5 +497,10 @@ mod tests {
         assert!(refused(&[("jitter", "2")]).contains("from 0 to 1"));
         assert!(refused(&[("lease", "soon")]).contains("lease=soon"));
         assert!(refused(&[("ordering", "keys")]).contains("none, key"));
+        assert!(refused(&[("outage-guard", "maybe")]).contains("on, off"));
+        assert!(refused(&[("outage-window", "5")]).contains("from 10 to 100"));
+        assert!(refused(&[("class.io.max-failure", "3")]).contains("max-failures"));
+        assert!(refused(&[("class..max-failures", "3")]).contains("1 to 128 bytes"));
+        assert!(refused(&[("class.io.backoff-initial", "1h")]).contains("class.io.backoff-max is below"));
     }
 }

@@ -100,6 +100,17 @@ pub struct GroupDescription {
     pub config: Vec<(String, String)>,
     pub members: Vec<GroupMemberInfo>,
     pub partitions: Vec<GroupPartitionInfo>,
+    /// Of a share group whose outage guard is on.
+    pub outage: Option<OutageInfo>,
+}
+
+/// What the outage guard of a share group does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutageInfo {
+    /// Leases that may be live at a time.
+    pub limit: u32,
+    /// Milliseconds until the next probe may be handed out.
+    pub next_probe_ms: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,14 +131,19 @@ pub struct GroupPartitionInfo {
     pub lag: u64,
     /// Offset of the oldest unsettled record (share) or of the next to read (consumer), when there is one.
     pub oldest_unsettled: Option<u64>,
+    /// May be handed out, also those that wait for an older one of their key.
+    pub available: u64,
     pub leased: u64,
     pub scheduled: u64,
     pub held: u64,
+    /// Exhausted, with their dead letters still being made.
+    pub exhausted: u64,
     pub parked: u64,
     pub acked: u64,
     pub dead_lettered: u64,
     pub discarded: u64,
     pub skipped: u64,
+    pub expired: u64,
     pub deliveries: u64,
     pub failures: u64,
 }
@@ -171,6 +187,10 @@ pub enum Reply {
     Groups(Vec<GroupListing>),
     Group(GroupDescription),
     DeadLetters(Vec<DeadLetterInfo>),
+    /// So many records were made due.
+    Kicked {
+        records: u64,
+    },
     /// One per settlement, in order.
     Settled(Vec<SettleResult>),
     Completed {

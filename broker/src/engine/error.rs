@@ -35,6 +35,8 @@ pub enum EngineError {
     WrongGroupKind { group: String, actual: &'static str },
     #[error("member {0:?} is not in the group; join again")]
     UnknownMember(String),
+    #[error("another process took the place of member {0:?}; one of the two needs another member id")]
+    MemberFenced(String),
     #[error("generation {got} is older than {current}; heartbeat to learn the assignment")]
     StaleGeneration { got: u64, current: u64 },
     #[error("the member does not own partition {0}")]

@@ -13,6 +13,7 @@ use super::effect::{Effects, ViewChange};
 use super::event::{self, event::Kind};
 use super::partition::{Partition, Segment};
 use super::share::ShareGroup;
+use super::share::outage::Outage;
 use super::share::state::ShareState;
 use super::stage::RowKey;
 use super::types::{LeaseId, PartitionKey, TopicId};
@@ -96,6 +97,12 @@ impl Engine {
                 self.desk.dirty.insert(RowKey::Group(name));
             }
             Kind::GroupDeleted(event) => self.apply_group_deleted(&event.group),
+            Kind::OutageNoted(row) => {
+                let group = self.group_of(&row.group)?;
+                group.ledger.outage = Outage::from_row(row);
+                let name = group.name.clone();
+                self.desk.dirty.insert(RowKey::Group(name));
+            }
             Kind::OffsetsCommitted(event) => {
                 self.consumers.entry(event.group.as_str().into()).or_default().apply_offsets(&event.offsets);
                 self.desk.dirty.insert(RowKey::Consumer(event.group.as_str().into()));
@@ -151,8 +158,17 @@ impl Engine {
             }
             Kind::Settled(event) => {
                 let key = partition_key(&event.topic_id, event.partition)?;
+                let group = self.group_of(&event.group)?;
+                let name = group.name.clone();
+                if !group.apply_settled(&key, event) {
+                    return corrupt(format!("group {name:?} is not on {key}"));
+                }
+                self.desk.dirty.extend([RowKey::Group(name.clone()), RowKey::Share(name, key)]);
+            }
+            Kind::ShareKicked(event) => {
+                let key = partition_key(&event.topic_id, event.partition)?;
                 let (name, state) = self.share_state_of(&event.group, key)?;
-                state.apply_settled(event);
+                state.kick();
                 self.desk.dirty.insert(RowKey::Share(name, key));
             }
         }
@@ -229,7 +245,10 @@ impl Engine {
         let config = ShareConfig::default().with(&from_entries(&row.config));
         let config = config.map_err(|error| CorruptState(error.to_string()))?;
         let topics = row.topic_ids.iter().map(|id| topic_id(id)).collect::<Result<Vec<_>, _>>()?;
-        let group = ShareGroup::new(row.group.as_str().into(), config, topics, row.paused, row.hidden);
+        let mut group = ShareGroup::new(row.group.as_str().into(), config, topics, row.paused, row.hidden);
+        if let Some(outage) = &row.outage {
+            group.ledger.outage = Outage::from_row(outage);
+        }
         for id in &group.topics {
             let Some(topic) = self.catalog.get_mut(id) else { return corrupt(format!("unknown topic {id}")) };
             topic.share_groups.insert(group.name.clone());

@@ -27,6 +27,8 @@ mod partition;
 pub mod share;
 mod stage;
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;
 mod topics;
 pub mod types;
@@ -307,11 +309,12 @@ impl Engine {
             }
             Command::DeleteGroup { group } => self.delete_group(&group, out),
             Command::PauseGroup { group, paused } => self.pause_group(&group, paused, out),
+            Command::KickGroup { group, topic } => self.kick_group(now, lsn, &group, topic.as_deref(), out),
             Command::SeekGroup { group, topic, positions } => {
                 self.seek_group(now, lsn, &group, &topic, &positions, out)
             }
             Command::ListGroups => Ok(self.list_groups()),
-            Command::DescribeGroup { group } => self.describe_group(&group),
+            Command::DescribeGroup { group } => self.describe_group(now, &group),
             Command::ListDeadLetters { group } => Ok(self.list_dead_letters(group.as_deref())),
             Command::ShareSubscribe { subscription, group, member, credit_records, credit_bytes, held } => {
                 let credit = (credit_records, credit_bytes);
@@ -337,8 +340,10 @@ impl Engine {
                 self.complete(now, lsn, &group, &member, &record, outputs, out)
             }
             Command::Scanned { group, partition, from, next, records } => {
+                let log_start = self.partitions.get(&partition).map_or(0, |partition| partition.log_start);
                 if let Some(group) = self.groups.get_mut(group.as_str()) {
-                    group.scanned(&mut self.desk.stage(now, lsn, out), partition, from, next, &records);
+                    let mut stage = self.desk.stage(now, lsn, out);
+                    group.scanned(&mut stage, partition, log_start, from, next, &records);
                 }
                 Ok(Reply::Done)
             }
@@ -406,6 +411,9 @@ impl Engine {
                         group.partition_timer(&mut self.desk.stage(now, lsn, out), key, at);
                         self.uncommitted.insert((name, key));
                     }
+                }
+                TimerKey::Outage(name) => {
+                    self.desk.pump.insert(name);
                 }
                 TimerKey::Session(name, member) => {
                     if let Some(group) = self.groups.get_mut(&name) {

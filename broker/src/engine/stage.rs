@@ -26,6 +26,8 @@ pub(crate) enum RowKey {
 pub(crate) enum TimerKey {
     /// Leases and due times of a share group on a partition.
     Share(Arc<str>, PartitionKey),
+    /// The next probe of a share group whose outage guard is on.
+    Outage(Arc<str>),
     /// A share member's session.
     Session(Arc<str>, Arc<str>),
     /// A consumer-group member's session.

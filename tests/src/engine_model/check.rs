@@ -30,12 +30,13 @@ impl World {
         );
         assert_eq!((context.deliveries, context.failures), (record.deliveries, record.failures), "{read:?}");
         assert_eq!(context.consumer, *record.member, "{read:?}");
-        let at_cap = record.deliveries >= group.config.max_deliveries;
+        // Decided by the settings of that time.
         let right: &[&str] = match record.cause.expect("an exhausted record failed") {
-            Cause::Rejected => &["rejected"],
-            _ if at_cap => &["max_deliveries"],
-            Cause::Nacked | Cause::Released => &["max_failures"],
-            Cause::Lapsed => &["lease_expired", "member_lost"],
+            _ if record.fatal => &["rejected"],
+            Cause::Rejected => &[],
+            Cause::Released => &["max_deliveries"],
+            Cause::Nacked => &["max_failures", "max_deliveries"],
+            Cause::Lapsed => &["lease_expired", "member_lost", "max_deliveries"],
         };
         assert!(right.contains(&context.reason), "{} is none of {right:?}", context.reason);
     }
@@ -86,7 +87,22 @@ impl World {
     /// Every record that may be handed out was handed out, as long as there is somebody to take it.
     fn check_nothing_undone(&self) {
         for (group, share) in &self.model.shares {
-            let taker = self.live.subscriptions.values().any(|sub| sub.group == *group && sub.has_credit());
+            let takers: Vec<Vec<bool>> = self
+                .live
+                .subscriptions
+                .values()
+                .filter(|sub| sub.group == *group && sub.has_credit())
+                .map(|sub| share.held_by(&sub.member))
+                .collect();
+            let free = takers.iter().any(Vec::is_empty);
+            let open = takers.iter().filter(|held| !held.contains(&true)).count();
+            let probing = share.guard.probing.as_ref();
+            let quiet = probing.is_some_and(|probing| {
+                probing.not_before_ms > self.now.monotonic_ms || share.live_leases() >= probing.limit as usize
+            });
+            // For what is to be alone, one of them may be kept waiting.
+            let waiting = share.parts.values().flat_map(|part| part.records.values());
+            let reserved = waiting.into_iter().any(|record| record.alone && !record.is_settled());
             for (key, part) in &share.parts {
                 let leases = part.records.values().filter(|r| r.lease_deadline().is_some()).count() as u64;
                 let returned = part.records.values().filter(|r| r.returned && !r.is_settled()).count() as u64;
@@ -105,9 +121,11 @@ impl World {
                         Some(State::Waiting { by_ms, .. }) => by_ms <= self.now.monotonic_ms,
                         Some(_) => false,
                     };
-                    let free = !share.config.ordered || part.predecessor(log, offset).is_none();
+                    let first = !share.config.ordered || part.predecessor(log, offset).is_none();
+                    let alone = part.records.get(&offset).is_some_and(|record| record.alone);
+                    let taker = !quiet && if alone { free } else { open > usize::from(reserved) };
                     assert!(
-                        !(taker && room && !share.paused && due && free),
+                        !(taker && room && !share.paused && due && first),
                         "{group} {key} offset {offset} ({state:?}) is not handed out"
                     );
                 }
@@ -119,7 +137,9 @@ impl World {
     fn check_timers(&self) {
         let deadline = self.engine.next_deadline();
         let mut first = self.live.next_session_end(self.session_ms);
-        for group in self.model.shares.keys() {
+        for (group, share) in &self.model.shares {
+            let probe = share.guard.probing.as_ref().map(|probing| probing.not_before_ms);
+            first = first.into_iter().chain(probe.filter(|at| *at > self.now.monotonic_ms)).min();
             let leases = self.model.leases(group).into_iter().map(|(_, _, _, deadline)| deadline);
             first = first.into_iter().chain(leases).min();
         }
@@ -213,6 +233,12 @@ impl World {
             assert_eq!(info.leased, leased as u64, "leases of {}", info.member);
         }
         assert_eq!(description.partitions.len(), share.parts.len(), "partitions of {group}");
+        let outage = share
+            .guard
+            .probing
+            .as_ref()
+            .map(|probing| (probing.limit, probing.not_before_ms.saturating_sub(self.now.monotonic_ms)));
+        assert_eq!(description.outage.map(|o| (o.limit, o.next_probe_ms)), outage, "outage of {group}");
         for info in &description.partitions {
             let key = info.partition.expect("a partition has a name");
             self.compare_part(group, &share.parts[&key], info);
@@ -228,13 +254,14 @@ impl World {
         let now = self.now.monotonic_ms;
         let leased = count(&|state| matches!(state, State::Leased { .. }));
         let held = count(&|state| matches!(state, State::Held));
+        let exhausted = count(&|state| matches!(state, State::Exhausted));
         let least = count(&|state| matches!(state, State::Waiting { from_ms, .. } if *from_ms > now));
         let most = count(&|state| matches!(state, State::Waiting { .. }));
         let counts = &part.counts;
         assert_eq!(
-            (info.leased, info.held, info.acked, info.dead_lettered, info.discarded),
-            (leased, held, counts.acked, counts.dead_lettered, counts.discarded),
-            "leased, held, acked, dead-lettered, discarded of {group} {key}"
+            (info.leased, info.held, info.exhausted, info.acked, info.dead_lettered, info.discarded),
+            (leased, held, exhausted, counts.acked, counts.dead_lettered, counts.discarded),
+            "leased, held, exhausted, acked, dead-lettered, discarded of {group} {key}"
         );
         assert_eq!((info.deliveries, info.failures), (counts.deliveries, counts.failures), "{group} {key}");
         assert!((least..=most).contains(&info.scheduled), "{group} {key}: {info:?}, {least} to {most}");
@@ -244,6 +271,8 @@ impl World {
         if !has_gap {
             let unsettled: Vec<u64> = part.unsettled(log, end).collect();
             assert_eq!(info.lag, unsettled.len() as u64, "lag of {group} {key}");
+            let elsewhere = info.leased + info.scheduled + info.held + info.exhausted;
+            assert_eq!(info.available, info.lag.saturating_sub(elsewhere), "available of {group} {key}");
             assert_eq!(info.oldest_unsettled, unsettled.first().copied(), "{group} {key}");
         }
     }

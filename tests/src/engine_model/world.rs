@@ -7,16 +7,21 @@ use felucca_broker::engine::Engine;
 use felucca_broker::engine::command::{Command, LeaseRef};
 use felucca_broker::engine::config::EngineSettings;
 use felucca_broker::engine::effect::{DeadLetterRead, Delivery, Effects, Reply, Scan, SettleStatus};
-use felucca_broker::engine::types::{Level, Lsn, Now, PartitionKey, RequestId, SubscriptionId};
+use felucca_broker::engine::event::{Event, event::Kind};
+use felucca_broker::engine::types::{Level, Lsn, Now, PartitionKey, RequestId, SubscriptionId, TopicId};
 
 use super::Trace;
 use super::model::live::Live;
-use super::model::share::Grant;
+use super::model::share::{Grant, Lapse};
 use super::model::{Model, Moment};
 use super::promises::{Fact, Promises};
 use super::release::{Pending, nth};
 use super::rng::Rng;
 use super::store::{Appended, Frame, Logs, Rows};
+
+/// Causes in the journal, as `journal.proto` numbers them.
+const LEASE_EXPIRED: u32 = 3;
+const MEMBER_LOST: u32 = 4;
 
 /// A lease that a member knows of.
 #[derive(Clone, Debug)]
@@ -215,14 +220,20 @@ impl World {
         if !lost.members.is_empty() || !lost.consumers.is_empty() {
             self.note(|| format!("sessions over: {lost:?}"));
         }
-        self.model.lapse(self.moment(), &lost.members);
+        let lapsing = self.model.lapsing(now.monotonic_ms, &lost.members);
         for (group, member) in &lost.consumers {
             if let Some(consumer) = self.model.consumers.get_mut(group) {
                 consumer.gone(member);
             }
         }
         let already = self.out.ended.len();
+        let already_staged = self.out.events.len();
         self.engine.tick(now, lsn, &mut self.out);
+        // Which of them comes first is the engine's choice; what follows from it is not.
+        let lapses = lapses_of(&self.out.events[already_staged..]);
+        let lapsed: BTreeSet<Lapse> = lapses.iter().cloned().collect();
+        assert_eq!((lapses.len(), &lapsed), (lapsing.len(), &lapsing), "leases that end unsettled");
+        self.model.lapse(self.moment(), &lapses);
         assert_eq!(self.ended_since(already), lost.ended, "subscriptions ended by lost sessions");
         self.absorb();
         self.check_fresh();
@@ -318,6 +329,10 @@ impl World {
         self.out.ended[already..].iter().map(|(id, _)| *id).collect()
     }
 
+    pub(crate) fn ended(&self) -> usize {
+        self.out.ended.len()
+    }
+
     pub(crate) fn staged_events(&self) -> usize {
         self.out.events.len()
     }
@@ -409,4 +424,18 @@ impl World {
         use SettleStatus::{AlreadySettled, Duplicate, Late, Ok};
         matches!(status, Ok | Late | Duplicate | AlreadySettled)
     }
+}
+
+/// The leases that these events end because nobody settled them in time.
+fn lapses_of(events: &[Event]) -> Vec<Lapse> {
+    let mut lapses = Vec::new();
+    for event in events {
+        let Some(Kind::Settled(settled)) = &event.kind else { continue };
+        let topic = TopicId::from_slice(&settled.topic_id).expect("the id of a topic");
+        let key = PartitionKey { topic, partition: settled.partition };
+        let ended =
+            settled.changes.iter().filter(|change| [LEASE_EXPIRED, MEMBER_LOST].contains(&change.cause));
+        lapses.extend(ended.map(|change| (settled.group.clone(), key, change.offset)));
+    }
+    lapses
 }

@@ -60,12 +60,12 @@ impl Engine {
         let names = || (group.to_owned(), source.name.to_string());
         let dead_letters = catalog::dead_letter_name(group, &source.name);
         let redrives = catalog::redrive_name(group, &source.name);
-        let config = TopicConfig::new(&self.settings);
         if self.catalog.by_name(&dead_letters).is_none() {
             let (group, source_name) = names();
             let kind = TopicKind::DeadLetter { group, source: source_name };
             let id = topic_id(entropy);
-            self.add_topic(id, &dead_letters, source.partitions, kind, config.clone(), out)?;
+            let config = TopicConfig::dead_letters(&self.settings);
+            self.add_topic(id, &dead_letters, source.partitions, kind, config, out)?;
             let holds = ShareConfig::default().with(&[("on-exhausted".to_owned(), "hold".to_owned())])?;
             self.start_group(&redrives, &[id], &holds, false, true, out);
         }
@@ -75,6 +75,7 @@ impl Engine {
         let (group, source_name) = names();
         let id = topic_id(entropy);
         let kind = TopicKind::Redrive { group, source: source_name };
+        let config = TopicConfig::new(&self.settings);
         self.add_topic(id, &redrives, source.partitions, kind, config, out)?;
         Ok(id)
     }

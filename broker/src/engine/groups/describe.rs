@@ -3,12 +3,12 @@
 use crate::engine::Engine;
 use crate::engine::catalog;
 use crate::engine::effect::{
-    DeadLetterInfo, GroupDescription, GroupKind, GroupListing, GroupMemberInfo, GroupPartitionInfo, Reply,
-    TopicKind,
+    DeadLetterInfo, GroupDescription, GroupKind, GroupListing, GroupMemberInfo, GroupPartitionInfo,
+    OutageInfo, Reply, TopicKind,
 };
 use crate::engine::error::EngineError;
 use crate::engine::share::ShareGroup;
-use crate::engine::types::TopicId;
+use crate::engine::types::{Now, TopicId};
 
 impl Engine {
     pub(in crate::engine) fn list_groups(&self) -> Reply {
@@ -40,9 +40,9 @@ impl Engine {
         Reply::Groups(groups)
     }
 
-    pub(in crate::engine) fn describe_group(&self, name: &str) -> Result<Reply, EngineError> {
+    pub(in crate::engine) fn describe_group(&self, now: Now, name: &str) -> Result<Reply, EngineError> {
         if let Some(group) = self.groups.get(name) {
-            return Ok(Reply::Group(self.describe_share_group(group)));
+            return Ok(Reply::Group(self.describe_share_group(now, group)));
         }
         let group = self.consumers.get(name).ok_or_else(|| EngineError::UnknownGroup(name.to_owned()))?;
         let members = group.members.iter().map(|(member, entry)| GroupMemberInfo {
@@ -70,10 +70,16 @@ impl Engine {
             config: Vec::new(),
             members: members.collect(),
             partitions: partitions.collect(),
+            outage: None,
         }))
     }
 
-    fn describe_share_group(&self, group: &ShareGroup) -> GroupDescription {
+    fn describe_share_group(&self, now: Now, group: &ShareGroup) -> GroupDescription {
+        let outage = &group.ledger.outage;
+        let outage = outage
+            .limit()
+            .zip(outage.not_before())
+            .map(|(limit, at)| OutageInfo { limit, next_probe_ms: at.saturating_sub(now.monotonic_ms) });
         let members = group.members().keys().map(|member| GroupMemberInfo {
             member: member.to_string(),
             assigned: Vec::new(),
@@ -84,21 +90,27 @@ impl Engine {
             let high_watermark = self.desk.high_watermarks.get(key).copied().unwrap_or(0);
             let state = &partition.state;
             let counts = state.counts();
+            let lag = state.unsettled(high_watermark);
+            let leased = state.leases().len() as u64;
+            let elsewhere = leased + state.scheduled() + state.held() + state.exhausted();
             Some(GroupPartitionInfo {
                 topic: topic.name.to_string(),
                 partition: Some(*key),
                 high_watermark,
                 position: Some(state.low()),
-                lag: state.unsettled(high_watermark),
+                lag,
+                available: lag.saturating_sub(elsewhere),
                 oldest_unsettled: state.oldest_unsettled(high_watermark),
-                leased: state.leases().len() as u64,
+                leased,
                 scheduled: state.scheduled(),
                 held: state.held(),
+                exhausted: state.exhausted(),
                 parked: partition.queue.parked(),
                 acked: counts.acked,
                 dead_lettered: counts.dead_lettered,
                 discarded: counts.discarded,
                 skipped: counts.skipped,
+                expired: counts.expired,
                 deliveries: counts.deliveries,
                 failures: counts.failures,
             })
@@ -110,6 +122,7 @@ impl Engine {
             config: group.config.entries(),
             members: members.collect(),
             partitions: partitions.collect(),
+            outage,
         }
     }
 

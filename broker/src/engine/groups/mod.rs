@@ -76,6 +76,7 @@ impl Engine {
             config: to_entries(&config.entries()),
             paused: false,
             hidden,
+            outage: None,
         };
         self.stage_event(Kind::GroupCreated(row), out);
         for id in topics {
@@ -118,6 +119,11 @@ impl Engine {
             topic_ids: group.topics.iter().map(|id| id.0.to_vec()).collect(),
         };
         self.stage_event(Kind::GroupAltered(event), out);
+        if let Some(group) = self.groups.get_mut(name) {
+            group.ledger.outage.configured(&group.config);
+            group.note_outage(&mut self.desk.stage(now, lsn, out));
+            self.desk.pump.insert(name.into());
+        }
         if reordered && let Some(group) = self.groups.get_mut(name) {
             group.rebuild();
             group.wait_for(lsn, |_| true);
@@ -170,6 +176,31 @@ impl Engine {
         self.stage_event(Kind::GroupPaused(event::GroupPaused { group: name.to_owned(), paused }), out);
         self.desk.pump.insert(name.into());
         Ok(Reply::Done)
+    }
+
+    /// Makes every scheduled record of a group due now, on one of its topics or on all.
+    pub(in crate::engine) fn kick_group(
+        &mut self,
+        now: Now,
+        lsn: Lsn,
+        name: &str,
+        topic: Option<&str>,
+        out: &mut Effects,
+    ) -> Result<Reply, EngineError> {
+        let only = topic.map(|topic| self.catalog.require(topic).map(|topic| topic.id)).transpose()?;
+        let group_name = self.served_group(name)?.name.clone();
+        let Some(group) = self.groups.get_mut(&group_name) else {
+            return Err(EngineError::UnknownGroup(name.to_owned()));
+        };
+        if only.is_some_and(|id| !group.topics.contains(&id)) {
+            let why = format!("group {name:?} does not consume topic {:?}", topic.unwrap_or_default());
+            return Err(EngineError::InvalidRequest(why));
+        }
+        let chosen = |key: &&PartitionKey| only.is_none_or(|id| key.topic == id);
+        let keys: Vec<PartitionKey> = group.partitions().keys().filter(chosen).copied().collect();
+        let mut stage = self.desk.stage(now, lsn, out);
+        let records = keys.into_iter().map(|key| group.kick(&mut stage, key)).sum();
+        Ok(Reply::Kicked { records })
     }
 
     pub(in crate::engine) fn seek_group(

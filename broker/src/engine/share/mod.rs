@@ -1,12 +1,18 @@
 //! Share groups: consuming a topic as a queue, record by record, with leases, retries and dead letters.
 //!
 //! [`state`] is the fold of events and knows what became of each record; [`queue`] derives from it what may be handed out;
-//! [`settle`] decides what a settlement does (the reply table); [`group`] ties both to members, credit and timers.
+//! [`settle`] decides what a settlement does (the reply table), for repetitions with the help of [`recent`]; [`holders`]
+//! counts who holds what and [`outage`] tells when all fail; [`group`] ties them to members, credit and timers.
 
 pub(crate) mod group;
+pub(crate) mod holders;
+pub(crate) mod outage;
 pub(crate) mod queue;
+pub(crate) mod recent;
 pub(crate) mod settle;
 pub(crate) mod state;
+#[cfg(test)]
+mod tests;
 
 pub use group::ShareGroup;
 

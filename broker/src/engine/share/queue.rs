@@ -38,6 +38,8 @@ pub(crate) struct Queue {
     scan_not_before_ms: u64,
     new: BTreeMap<u64, (Option<u16>, u32)>,
     returned: BTreeSet<u64>,
+    /// Returned and to be granted alone.
+    alone: BTreeSet<u64>,
     chains: BTreeMap<u16, BTreeMap<u64, u32>>,
     /// Offsets in chains.
     chained: usize,
@@ -50,6 +52,8 @@ pub(crate) struct Queue {
     letters: BTreeSet<u64>,
     letters_in_flight: BTreeSet<u64>,
     take_returned_next: bool,
+    /// Returned records are taken round about, so that no one of them is tried again before the others.
+    last_returned: u64,
 }
 
 impl Queue {
@@ -85,6 +89,11 @@ impl Queue {
     /// depends on another.
     pub(crate) fn wait_for(&mut self, lsn: Lsn) {
         self.barrier = self.ordered.then_some(lsn);
+    }
+
+    /// Whether a record waits to be granted alone.
+    pub(crate) fn has_alone(&self) -> bool {
+        self.barrier.is_none() && !self.alone.is_empty()
     }
 
     pub(crate) fn ready_len(&self) -> usize {
@@ -183,9 +192,10 @@ impl Queue {
     }
 
     fn make_ready(&mut self, state: &ShareState, offset: u64, slot: Option<u16>, size: u32) {
-        match state.exception(offset).map(|exception| exception.state) {
-            Some(ExceptionState::Available) => {
-                self.returned.insert(offset);
+        match state.exception(offset) {
+            Some(exception) if exception.state == ExceptionState::Available => {
+                let ready = if exception.alone { &mut self.alone } else { &mut self.returned };
+                ready.insert(offset);
             }
             Some(_) => {}
             None if state.lease(offset).is_none() => {
@@ -201,7 +211,7 @@ impl Queue {
     pub(crate) fn take(&mut self, state: &ShareState, allow_new: bool) -> Option<Ready> {
         self.take_returned_next = !self.take_returned_next;
         if self.take_returned_next || self.new.is_empty() || !allow_new {
-            while let Some(offset) = self.returned.pop_first() {
+            while let Some(offset) = pop_after(&mut self.returned, &mut self.last_returned) {
                 if let Some(exception) = state.exception(offset)
                     && exception.state == ExceptionState::Available
                 {
@@ -213,6 +223,18 @@ impl Queue {
             return None;
         }
         self.new.pop_first().map(|(offset, (slot, size))| Ready { offset, slot, size })
+    }
+
+    /// Takes one record that is to be leased alone.
+    pub(crate) fn take_alone(&mut self, state: &ShareState) -> Option<Ready> {
+        while let Some(offset) = pop_after(&mut self.alone, &mut self.last_returned) {
+            if let Some(exception) = state.exception(offset)
+                && exception.state == ExceptionState::Available
+            {
+                return Some(Ready { offset, slot: exception.slot, size: exception.size });
+            }
+        }
+        None
     }
 
     pub(crate) fn leased(&mut self, offset: u64, deadline_ms: u64) {
@@ -229,6 +251,7 @@ impl Queue {
     pub(crate) fn settled(&mut self, offset: u64, slot: Option<u16>, lsn: Lsn) {
         self.new.remove(&offset);
         self.returned.remove(&offset);
+        self.alone.remove(&offset);
         self.letters.remove(&offset);
         self.letters_in_flight.remove(&offset);
         let Some(slot) = slot.filter(|_| self.ordered) else { return };
@@ -329,6 +352,14 @@ impl Queue {
         }
         due
     }
+}
+
+/// Takes the first offset above `last`, or else the first of all.
+fn pop_after(offsets: &mut BTreeSet<u64>, last: &mut u64) -> Option<u64> {
+    let next = offsets.range(last.saturating_add(1)..).next().or_else(|| offsets.first()).copied()?;
+    offsets.remove(&next);
+    *last = next;
+    Some(next)
 }
 
 /// Adds `from..until` as (first, count), leaving out offsets that the group knows something of.

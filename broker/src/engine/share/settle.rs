@@ -2,7 +2,8 @@
 //!
 //! Pure decisions over [`ShareState`]; the caller applies what comes out.
 
-use super::state::{Cause, ExceptionState, SettledAs, ShareState, change};
+use super::recent::{Recent, SettledAs};
+use super::state::{Cause, Ended, ExceptionState, ShareState, change};
 use crate::engine::command::{FailureDetail, LeaseRef, Outcome};
 use crate::engine::config::{OnExhausted, ShareConfig};
 use crate::engine::effect::{RecordState, SettleResult, SettleStatus};
@@ -25,68 +26,52 @@ pub(crate) enum Decision {
     Change(RecordChange),
 }
 
+/// What a settlement is decided on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Desk<'a> {
+    pub(crate) state: &'a ShareState,
+    pub(crate) recent: &'a Recent,
+    pub(crate) config: &'a ShareConfig,
+    pub(crate) on_exhausted: OnExhausted,
+    /// The outage guard is on: failures that may be retried do not count.
+    pub(crate) guarded: bool,
+    pub(crate) now: Now,
+}
+
 /// Decides one settlement by `member` on a record that exists or existed in this group and partition.
-pub(crate) fn decide(
-    state: &ShareState,
-    config: &ShareConfig,
-    on_exhausted: OnExhausted,
-    member: &str,
-    record: &LeaseRef,
-    outcome: &Outcome,
-    now: Now,
-) -> Decision {
+pub(crate) fn decide(desk: &Desk<'_>, member: &str, record: &LeaseRef, outcome: &Outcome) -> Decision {
     let offset = record.offset;
-    if record.lease < state.fence() {
+    if record.lease < desk.state.fence() {
         return Decision::Answer(SettleStatus::Fenced);
     }
-    let Some(lease) = state.lease(offset) else {
-        return decide_without_lease(state, member, record, outcome);
+    let lease = match desk.state.lease(offset) {
+        Some(lease) if lease.id == record.lease => lease,
+        leased_again => return without_lease(desk, member, record, outcome, leased_again.is_some()),
     };
-    if lease.id != record.lease {
-        // Leased again.
-        return Decision::Answer(repeated(state, record, outcome).unwrap_or(SettleStatus::Stale));
-    }
     if &*lease.member != member {
         return Decision::Answer(SettleStatus::NotOwner);
     }
     match outcome {
         Outcome::Ack => Decision::Ack { late: false },
-        Outcome::Release => Decision::Change(release(state, config, on_exhausted, offset)),
+        Outcome::Release => Decision::Change(release(desk, offset)),
         Outcome::Extend { remaining_ms } => {
-            let wanted = now.monotonic_ms.saturating_add(remaining_ms.unwrap_or(config.lease_ms));
-            let latest = lease.granted_ms.saturating_add(config.max_lease_ms);
+            let now_ms = desk.now.monotonic_ms;
+            let wanted = now_ms.saturating_add(remaining_ms.unwrap_or(desk.config.lease_ms));
+            let latest = lease.granted_ms.saturating_add(desk.config.max_lease_ms);
             let until_ms = wanted.min(latest).max(lease.deadline_ms);
             Decision::Change(RecordChange { offset, kind: change::EXTENDED, until_ms, ..Default::default() })
         }
-        Outcome::Nack { delay_ms, counted, detail } => Decision::Change(failure(
-            state,
-            config,
-            on_exhausted,
-            offset,
-            Failure { cause: Cause::Nacked, counted: *counted, delay_ms: *delay_ms, detail: Some(detail) },
-            now,
-        )),
-        Outcome::Reject { detail } => Decision::Change(failure(
-            state,
-            config,
-            on_exhausted,
-            offset,
-            Failure { cause: Cause::Rejected, counted: true, delay_ms: None, detail: Some(detail) },
-            now,
-        )),
+        Outcome::Nack { delay_ms, counted, detail } => {
+            let (cause, counted, delay_ms) = (Cause::Nacked, *counted, *delay_ms);
+            let attempt = Failure { cause, counted, delay_ms, detail: Some(detail) };
+            Decision::Change(failure(desk, offset, attempt))
+        }
+        Outcome::Reject { detail } => {
+            let attempt =
+                Failure { cause: Cause::Rejected, counted: true, delay_ms: None, detail: Some(detail) };
+            Decision::Change(failure(desk, offset, attempt))
+        }
     }
-}
-
-/// The answer to a settlement of the last lease that ended on the record, if that is the one named.
-fn repeated(state: &ShareState, record: &LeaseRef, outcome: &Outcome) -> Option<SettleStatus> {
-    let (lease, settled_as) = state.recent(record.offset)?;
-    let asked = asked(outcome);
-    (lease == record.lease).then_some(match (settled_as, asked) {
-        (SettledAs::Lapsed, _) => SettleStatus::Stale,
-        (_, None) => SettleStatus::Gone,
-        (_, Some(asked)) if asked == settled_as => SettleStatus::Duplicate,
-        (_, Some(_)) => SettleStatus::Conflict,
-    })
 }
 
 /// `None`: an extension, which settles nothing.
@@ -100,42 +85,55 @@ fn asked(outcome: &Outcome) -> Option<SettledAs> {
     }
 }
 
-fn decide_without_lease(state: &ShareState, member: &str, record: &LeaseRef, outcome: &Outcome) -> Decision {
+/// The answer to a settlement of a lease that is not live.
+fn without_lease(
+    desk: &Desk<'_>,
+    member: &str,
+    record: &LeaseRef,
+    outcome: &Outcome,
+    leased_again: bool,
+) -> Decision {
     let asked = asked(outcome);
-    if let Some(status) = repeated(state, record, outcome) {
-        return Decision::Answer(status);
+    let settled = desk.state.is_settled(record.offset);
+    let mut ended_as = desk.recent.get(record.lease, desk.now.monotonic_ms);
+    if !leased_again
+        && let Some(exception) = desk.state.exception(record.offset)
+        && exception.last_lease == record.lease
+    {
+        if *exception.member != *member {
+            return Decision::Answer(SettleStatus::NotOwner);
+        }
+        let waiting = matches!(exception.state, ExceptionState::Available | ExceptionState::Scheduled { .. });
+        ended_as = exception.settled_as().or(ended_as);
+        if waiting && ended_as == Some(SettledAs::Lapsed) && asked == Some(SettledAs::Ack) {
+            return Decision::Ack { late: true };
+        }
     }
-    let Some(exception) = state.exception(record.offset) else {
-        let long_settled = state.is_settled(record.offset) && state.recent(record.offset).is_none();
-        return Decision::Answer(match asked {
-            // Also a lease whose grant was lost with the power: the record will come again.
-            _ if !long_settled => SettleStatus::Stale,
-            None => SettleStatus::Gone,
-            Some(_) => SettleStatus::AlreadySettled,
-        });
-    };
-    if exception.last_lease == record.lease && *exception.member != *member {
-        return Decision::Answer(SettleStatus::NotOwner);
-    }
-    let waiting = matches!(exception.state, ExceptionState::Available | ExceptionState::Scheduled { .. });
-    let expired = matches!(exception.cause, Cause::LeaseExpired | Cause::MemberLost);
-    if asked == Some(SettledAs::Ack) && waiting && expired && exception.last_lease == record.lease {
-        return Decision::Ack { late: true };
-    }
-    Decision::Answer(SettleStatus::Stale)
+    Decision::Answer(match (ended_as, asked) {
+        (Some(SettledAs::Lapsed), _) => SettleStatus::Stale,
+        // That lease was of another record: this one was never acknowledged.
+        (Some(SettledAs::Ack), _) if !settled => SettleStatus::Stale,
+        (Some(_), None) => SettleStatus::Gone,
+        (Some(ended_as), Some(asked)) if asked == ended_as => SettleStatus::Duplicate,
+        (Some(_), Some(_)) => SettleStatus::Conflict,
+        // Also a lease whose grant was lost with the power: the record will come again.
+        (None, _) if !settled => SettleStatus::Stale,
+        (None, None) => SettleStatus::Gone,
+        (None, Some(_)) => SettleStatus::AlreadySettled,
+    })
 }
 
 /// Gives a leased record back without a failure. At the cap of deliveries it ends all the same: a member that dies on it
 /// and comes back under its name would otherwise get it again for ever.
-pub(crate) fn release(
-    state: &ShareState,
-    config: &ShareConfig,
-    on_exhausted: OnExhausted,
-    offset: u64,
-) -> RecordChange {
-    let (deliveries, _) = state.attempts(offset);
-    let kind = if deliveries >= config.max_deliveries { ending(on_exhausted) } else { change::AVAILABLE };
-    RecordChange { offset, kind, cause: Cause::Released as u32, ..Default::default() }
+pub(crate) fn release(desk: &Desk<'_>, offset: u64) -> RecordChange {
+    let (deliveries, _) = desk.state.attempts(offset);
+    let (kind, ended) = if deliveries >= desk.config.max_deliveries {
+        (ending(desk.on_exhausted), Ended::MaxDeliveries)
+    } else {
+        (change::AVAILABLE, Ended::Not)
+    };
+    let cause = Cause::Released as u32;
+    RecordChange { offset, kind, cause, ended: ended as u32, ..Default::default() }
 }
 
 /// How a record ends that is not tried again.
@@ -156,35 +154,51 @@ pub(crate) struct Failure<'a> {
     pub(crate) detail: Option<&'a FailureDetail>,
 }
 
+impl Failure<'_> {
+    /// Nobody settled the lease in time.
+    pub(crate) fn lapsed(cause: Cause) -> Self {
+        Self { cause, counted: true, delay_ms: None, detail: None }
+    }
+}
+
 /// The one law for nack, timeout, disconnect and crash: schedule the next attempt, or end the record.
-pub(crate) fn failure(
-    state: &ShareState,
-    config: &ShareConfig,
-    on_exhausted: OnExhausted,
-    offset: u64,
-    failure: Failure<'_>,
-    now: Now,
-) -> RecordChange {
-    let (deliveries, failures) = state.attempts(offset);
-    let failures = failures + u32::from(failure.counted);
+pub(crate) fn failure(desk: &Desk<'_>, offset: u64, failure: Failure<'_>) -> RecordChange {
+    let (config, now) = (desk.config, desk.now);
+    let (deliveries, failures) = desk.state.attempts(offset);
     let class = failure.detail.map_or("", |detail| detail.class.as_str());
-    let ends = failure.cause == Cause::Rejected
-        || config.is_non_retryable(class)
-        || failures >= config.max_failures
-        || deliveries >= config.max_deliveries;
-    let (kind, until_ms) = if ends {
-        (ending(on_exhausted), 0)
+    let fatal = failure.cause == Cause::Rejected || config.is_non_retryable(class);
+    let counted = failure.counted && (fatal || !desk.guarded);
+    let failures = failures + u32::from(counted);
+    let law = config.law(class);
+    let ended = if fatal {
+        Ended::Rejected
+    } else if deliveries >= config.max_deliveries {
+        Ended::MaxDeliveries
+    } else if counted && failures >= law.max_failures {
+        match failure.cause {
+            Cause::LeaseExpired => Ended::LeaseExpired,
+            Cause::MemberLost => Ended::MemberLost,
+            _ => Ended::MaxFailures,
+        }
     } else {
-        let delay = failure.delay_ms.unwrap_or_else(|| config.backoff_ms(failures, now.entropy ^ offset));
+        Ended::Not
+    };
+    let (kind, until_ms) = if ended == Ended::Not {
+        let delay =
+            failure.delay_ms.unwrap_or_else(|| config.backoff_ms(law, failures, now.entropy ^ offset));
         (change::SCHEDULED, now.monotonic_ms.saturating_add(delay))
+    } else {
+        (ending(desk.on_exhausted), 0)
     };
     let cut = |text: &str, limit: usize| text[..text.floor_char_boundary(limit)].to_owned();
     let mut change = RecordChange {
         offset,
         kind,
         until_ms,
-        failed: failure.counted,
+        failed: counted,
         cause: failure.cause as u32,
+        ended: ended as u32,
+        alone: ended == Ended::Not && failures > 0 && u64::from(failures) * 2 >= u64::from(law.max_failures),
         ..Default::default()
     };
     match failure.detail {
@@ -192,6 +206,9 @@ pub(crate) fn failure(
             change.class = cut(&detail.class, MAX_CLASS_BYTES);
             change.reason = cut(&detail.reason, MAX_REASON_BYTES);
             change.detail = cut(&detail.detail, MAX_DETAIL_BYTES);
+            if change.reason.is_empty() && fatal && failure.cause != Cause::Rejected {
+                change.reason = format!("failures of class {:?} are not retried", change.class);
+            }
         }
         None => {
             change.reason = match failure.cause {

@@ -15,12 +15,13 @@
 //! Invariants: `low` is neither settled nor an exception; an exception in state `Leased` has a lease, any other has none; no
 //! settled offset is leased or listed. One stuck record is one exception and never stops `low`.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use roaring::RoaringTreemap;
 
-use crate::engine::event::{self, Granted, RecordChange, Settled, ShareCounts, ShareRow};
+use super::recent::SettledAs;
+use crate::engine::event::{self, Granted, RecordChange, ShareCounts, ShareRow};
 use crate::engine::types::{LeaseId, TopicId};
 
 /// Why a record's last lease ended. The numbers are persisted.
@@ -46,6 +47,43 @@ impl Cause {
             5 => Self::Released,
             6 => Self::Undecodable,
             _ => Self::None,
+        }
+    }
+}
+
+/// Why a record is not tried again. The numbers are persisted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// It is.
+    Not = 0,
+    MaxFailures = 1,
+    MaxDeliveries = 2,
+    /// By its handler, or with a class that is not retryable.
+    Rejected = 3,
+    LeaseExpired = 4,
+    MemberLost = 5,
+}
+
+impl Ended {
+    pub(crate) fn from_code(code: u32) -> Self {
+        match code {
+            1 => Self::MaxFailures,
+            2 => Self::MaxDeliveries,
+            3 => Self::Rejected,
+            4 => Self::LeaseExpired,
+            5 => Self::MemberLost,
+            _ => Self::Not,
+        }
+    }
+
+    /// The reason in a dead letter.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Not | Self::MaxFailures => "max_failures",
+            Self::MaxDeliveries => "max_deliveries",
+            Self::Rejected => "rejected",
+            Self::LeaseExpired => "lease_expired",
+            Self::MemberLost => "member_lost",
         }
     }
 }
@@ -88,6 +126,9 @@ pub(crate) struct Exception {
     pub(crate) first_delivery_wall_ms: i64,
     pub(crate) last_delivery_wall_ms: i64,
     pub(crate) cause: Cause,
+    pub(crate) ended: Ended,
+    /// The next attempt is granted alone.
+    pub(crate) alone: bool,
     pub(crate) class: String,
     pub(crate) reason: String,
     pub(crate) detail: String,
@@ -104,52 +145,6 @@ pub(crate) struct Lease {
     pub(crate) size: u32,
 }
 
-/// How a lease ended, remembered to answer repetitions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum SettledAs {
-    Ack,
-    Nack,
-    Reject,
-    Release,
-    /// It was not settled by its holder, and the record is not tried again.
-    Lapsed,
-}
-
-/// The last settlements, bounded in number and age. Not checkpointed: after a restart what replay has not seen again counts
-/// as long settled.
-#[derive(Debug, Default)]
-struct Recent {
-    by_offset: HashMap<u64, Ended>,
-    /// (offset, time) of every end; one that was followed by another of the same offset removes nothing.
-    order: VecDeque<(u64, u64)>,
-}
-
-#[derive(Debug)]
-struct Ended {
-    lease: LeaseId,
-    settled_as: SettledAs,
-    at_ms: u64,
-}
-
-const RECENT_AGE_MS: u64 = 10 * 60 * 1000;
-const RECENT_COUNT: usize = 65_536;
-
-impl Recent {
-    fn insert(&mut self, offset: u64, lease: LeaseId, settled_as: SettledAs, now_ms: u64) {
-        self.by_offset.insert(offset, Ended { lease, settled_as, at_ms: now_ms });
-        self.order.push_back((offset, now_ms));
-        while let Some(&(oldest, at)) = self.order.front() {
-            if self.order.len() <= RECENT_COUNT && at + RECENT_AGE_MS > now_ms {
-                break;
-            }
-            self.order.pop_front();
-            if self.by_offset.get(&oldest).is_some_and(|ended| ended.at_ms == at) {
-                self.by_offset.remove(&oldest);
-            }
-        }
-    }
-}
-
 #[derive(Debug)]
 pub(crate) struct ShareState {
     /// First undecided offset.
@@ -160,9 +155,9 @@ pub(crate) struct ShareState {
     counts: ShareCounts,
     /// Leases named below it are void (the group was moved).
     fence: LeaseId,
-    recent: Recent,
     scheduled: u64,
     held: u64,
+    exhausted: u64,
 }
 
 impl ShareState {
@@ -174,9 +169,9 @@ impl ShareState {
             leases: BTreeMap::new(),
             counts: ShareCounts::default(),
             fence,
-            recent: Recent::default(),
             scheduled: 0,
             held: 0,
+            exhausted: 0,
         }
     }
 
@@ -200,6 +195,11 @@ impl ShareState {
         self.held
     }
 
+    /// Records whose dead letter is being made.
+    pub(crate) fn exhausted(&self) -> u64 {
+        self.exhausted
+    }
+
     pub(crate) fn leases(&self) -> &BTreeMap<u64, Lease> {
         &self.leases
     }
@@ -214,10 +214,6 @@ impl ShareState {
 
     pub(crate) fn exception(&self, offset: u64) -> Option<&Exception> {
         self.exceptions.get(&offset)
-    }
-
-    pub(crate) fn recent(&self, offset: u64) -> Option<(LeaseId, SettledAs)> {
-        self.recent.by_offset.get(&offset).map(|ended| (ended.lease, ended.settled_as))
     }
 
     pub(crate) fn is_settled(&self, offset: u64) -> bool {
@@ -294,37 +290,23 @@ impl ShareState {
         }
     }
 
-    pub(crate) fn apply_settled(&mut self, event: &Settled) {
-        let mut offset = 0;
-        for delta in &event.acked_deltas {
-            offset += delta;
-            self.ack(offset, event.now_ms);
-        }
-        for change in &event.changes {
-            self.change(change, event.now_ms);
-        }
-        for range in event.skipped.chunks_exact(2) {
-            self.skip(range[0], range[0] + range[1]);
-        }
-    }
-
-    pub(crate) fn ack(&mut self, offset: u64, now_ms: u64) {
+    /// Answers the lease by which it was acknowledged.
+    pub(crate) fn ack(&mut self, offset: u64) -> Option<LeaseId> {
         let lease = self.leases.remove(&offset).map(|lease| lease.id);
         let exception = if self.exceptions.is_empty() { None } else { self.remove_exception(offset) };
-        if let Some(lease) = lease.or(exception.map(|exception| exception.last_lease)) {
-            self.recent.insert(offset, lease, SettledAs::Ack, now_ms);
-        }
         self.counts.acked += 1;
         self.settle(offset);
+        lease.or(exception.map(|exception| exception.last_lease))
     }
 
-    pub(crate) fn change(&mut self, change: &RecordChange, now_ms: u64) {
+    /// Answers the lease that it ended, and how.
+    pub(crate) fn change(&mut self, change: &RecordChange) -> Option<(LeaseId, SettledAs)> {
         let offset = change.offset;
         if change.kind == change::EXTENDED {
             if let Some(lease) = self.leases.get_mut(&offset) {
                 lease.deadline_ms = change.until_ms;
             }
-            return;
+            return None;
         }
         let lease = self.leases.remove(&offset);
         let mut exception = match (self.remove_exception(offset), &lease) {
@@ -340,52 +322,51 @@ impl ShareState {
                 first_delivery_wall_ms: lease.wall_ms,
                 last_delivery_wall_ms: lease.wall_ms,
                 cause: Cause::None,
+                ended: Ended::Not,
+                alone: false,
                 class: String::new(),
                 reason: String::new(),
                 detail: String::new(),
             },
             // Nothing known of the record: the event is not of this state (never staged so).
-            (None, None) => return,
+            (None, None) => return None,
         };
         if change.failed {
             exception.failures += 1;
             self.counts.failures += 1;
         }
+        let mut ended = None;
         if change.cause != Cause::None as u32 {
             exception.cause = Cause::from_code(change.cause);
+            exception.ended = Ended::from_code(change.ended);
+            // A release tells nothing of the record.
+            if exception.cause != Cause::Released {
+                exception.alone = change.alone;
+            }
             exception.class.clone_from(&change.class);
             exception.reason.clone_from(&change.reason);
             exception.detail.clone_from(&change.detail);
-            let settled_as = match exception.cause {
-                Cause::Nacked => Some(SettledAs::Nack),
-                Cause::Rejected => Some(SettledAs::Reject),
-                Cause::Released => Some(SettledAs::Release),
-                Cause::None | Cause::LeaseExpired | Cause::MemberLost | Cause::Undecodable => None,
-            };
-            if let Some(outcome) = settled_as {
-                self.recent.insert(offset, exception.last_lease, outcome, now_ms);
-            }
-        }
-        let lapsed = matches!(exception.cause, Cause::LeaseExpired | Cause::MemberLost);
-        if lapsed && matches!(change.kind, change::DEAD_LETTERED | change::DISCARDED) {
-            self.recent.insert(offset, exception.last_lease, SettledAs::Lapsed, now_ms);
+            ended = exception.settled_as().map(|settled_as| (exception.last_lease, settled_as));
         }
         match change.kind {
             change::DEAD_LETTERED => {
                 self.counts.dead_lettered += 1;
                 self.settle(offset);
-                return;
+                return ended;
             }
             change::DISCARDED => {
                 self.counts.discarded += 1;
                 self.settle(offset);
-                return;
+                return ended;
             }
             change::SCHEDULED => {
                 self.scheduled += 1;
                 exception.state = ExceptionState::Scheduled { due_ms: change.until_ms };
             }
-            change::EXHAUSTED => exception.state = ExceptionState::Exhausted,
+            change::EXHAUSTED => {
+                self.exhausted += 1;
+                exception.state = ExceptionState::Exhausted;
+            }
             change::HELD => {
                 self.held += 1;
                 exception.state = ExceptionState::Held;
@@ -394,6 +375,20 @@ impl ShareState {
         }
         self.exceptions.insert(offset, exception);
         self.advance_low();
+        ended
+    }
+
+    /// Every scheduled record is due now. Answers them.
+    pub(crate) fn kick(&mut self) -> Vec<u64> {
+        let mut kicked = Vec::new();
+        for (offset, exception) in &mut self.exceptions {
+            if matches!(exception.state, ExceptionState::Scheduled { .. }) {
+                exception.state = ExceptionState::Available;
+                kicked.push(*offset);
+            }
+        }
+        self.scheduled = 0;
+        kicked
     }
 
     /// A scheduled record is due. Derived from its due time, so it is no event.
@@ -411,20 +406,23 @@ impl ShareState {
         match exception.state {
             ExceptionState::Scheduled { .. } => self.scheduled -= 1,
             ExceptionState::Held => self.held -= 1,
-            ExceptionState::Available | ExceptionState::Leased | ExceptionState::Exhausted => {}
+            ExceptionState::Exhausted => self.exhausted -= 1,
+            ExceptionState::Available | ExceptionState::Leased => {}
         }
         Some(exception)
     }
 
-    /// Settles offsets that hold no record; none of them is leased or listed.
-    fn skip(&mut self, first: u64, end: u64) {
-        if first <= self.low {
-            self.counts.skipped += end.saturating_sub(self.low);
+    /// Settles offsets that hold no record; none of them is leased or listed. `expired`: they held one that nobody was given.
+    pub(crate) fn skip(&mut self, first: u64, end: u64, expired: bool) {
+        let count = if first <= self.low {
+            let count = end.saturating_sub(self.low);
             self.settled.remove_range(self.low..end);
             self.low = self.low.max(end);
+            count
         } else {
-            self.counts.skipped += self.settled.insert_range(first..end);
-        }
+            self.settled.insert_range(first..end)
+        };
+        *(if expired { &mut self.counts.expired } else { &mut self.counts.skipped }) += count;
         self.advance_low();
     }
 
@@ -483,7 +481,8 @@ impl ShareState {
             match value.state {
                 ExceptionState::Scheduled { .. } => state.scheduled += 1,
                 ExceptionState::Held => state.held += 1,
-                ExceptionState::Available | ExceptionState::Leased | ExceptionState::Exhausted => {}
+                ExceptionState::Exhausted => state.exhausted += 1,
+                ExceptionState::Available | ExceptionState::Leased => {}
             }
             state.exceptions.insert(exception.offset, value);
         }
@@ -524,6 +523,17 @@ pub(crate) fn slot_from_stored(stored: u32) -> Option<u16> {
 }
 
 impl Exception {
+    /// How its last lease ended, once it has.
+    pub(crate) fn settled_as(&self) -> Option<SettledAs> {
+        match self.cause {
+            Cause::Nacked => Some(SettledAs::Nack),
+            Cause::Rejected => Some(SettledAs::Reject),
+            Cause::Released => Some(SettledAs::Release),
+            Cause::LeaseExpired | Cause::MemberLost => Some(SettledAs::Lapsed),
+            Cause::None | Cause::Undecodable => None,
+        }
+    }
+
     fn to_row(&self, offset: u64) -> event::ExceptionRow {
         let (state, due_ms) = match self.state {
             ExceptionState::Available => (change::AVAILABLE, 0),
@@ -546,6 +556,8 @@ impl Exception {
             first_delivery_wall_ms: self.first_delivery_wall_ms,
             last_delivery_wall_ms: self.last_delivery_wall_ms,
             cause: self.cause as u32,
+            ended: self.ended as u32,
+            alone: self.alone,
             class: self.class.clone(),
             reason: self.reason.clone(),
             detail: self.detail.clone(),
@@ -570,6 +582,8 @@ impl Exception {
             first_delivery_wall_ms: row.first_delivery_wall_ms,
             last_delivery_wall_ms: row.last_delivery_wall_ms,
             cause: Cause::from_code(row.cause),
+            ended: Ended::from_code(row.ended),
+            alone: row.alone,
             class: row.class.clone(),
             reason: row.reason.clone(),
             detail: row.detail.clone(),

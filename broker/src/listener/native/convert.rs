@@ -39,6 +39,7 @@ pub(super) fn engine_error(error: &EngineError) -> wire::Error {
         EngineError::GroupExists(_) => ErrorCode::GroupExists,
         EngineError::WrongGroupKind { .. } => ErrorCode::WrongGroupKind,
         EngineError::UnknownMember(_) => ErrorCode::UnknownMember,
+        EngineError::MemberFenced(_) => ErrorCode::MemberFenced,
         EngineError::StaleGeneration { .. } => ErrorCode::StaleGeneration,
         EngineError::NotAssigned(_) => ErrorCode::NotAssigned,
         EngineError::OffsetOutOfRange { .. } => ErrorCode::OffsetOutOfRange,
@@ -202,6 +203,7 @@ pub(super) fn encode_reply(buffer: &mut BytesMut, api: u8, correlation: u64, rep
                 topics: infos.into_iter().map(dead_letter_topic).collect(),
             });
         }
+        Reply::Kicked { records } => put.message(&wire::KickGroupReply { records }),
         Reply::Settled(results) => {
             put.message(&wire::SettleReply { results: results.into_iter().map(settle_result).collect() });
         }
@@ -316,6 +318,9 @@ pub(super) fn group_description(
             skipped: info.skipped,
             deliveries: info.deliveries,
             failures: info.failures,
+            available: info.available,
+            exhausted: info.exhausted,
+            expired: info.expired,
             ..read(index)
         });
     wire::DescribeGroupReply {
@@ -325,6 +330,9 @@ pub(super) fn group_description(
         config: config_entries(description.config),
         members: members.collect(),
         partitions: partitions.collect(),
+        outage: description
+            .outage
+            .map(|outage| wire::GroupOutage { limit: outage.limit, next_probe_ms: outage.next_probe_ms }),
     }
 }
 

@@ -235,6 +235,11 @@ impl Dispatcher {
                 let request: wire::PauseGroup = decode(&frame)?;
                 Command::PauseGroup { group: request.group, paused: request.paused }
             }
+            Api::KickGroup => {
+                let request: wire::KickGroup = decode(&frame)?;
+                let topic = Some(request.topic).filter(|topic| !topic.is_empty());
+                Command::KickGroup { group: request.group, topic }
+            }
             Api::ListGroups => Command::ListGroups,
             Api::ListDeadLetters => {
                 let group = decode::<wire::ListDeadLetters>(&frame)?.group;

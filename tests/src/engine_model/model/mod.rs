@@ -5,6 +5,7 @@
 //! never handed out are in no list; a record that was has a [`share::Record`] for ever.
 
 pub(crate) mod consumers;
+pub(crate) mod guard;
 pub(crate) mod live;
 pub(crate) mod log;
 pub(crate) mod settle;

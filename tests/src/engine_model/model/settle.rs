@@ -56,46 +56,30 @@ impl Model {
             right.push(if record.member == *attempt.member { Ok } else { NotOwner });
             return right;
         }
-        let remembered = |lsn: u64, at_ms: u64| lsn > attempt.forgotten && at.now_ms < at_ms + REMEMBERED_MS;
-        if let Some(past) = record.past.iter().find(|past| past.lease == lease) {
+        let last = record.lease == lease && !record.is_settled();
+        let owner = record.lease != lease || record.member == *attempt.member;
+        // A lease is known by its last end: one that lapsed may have been acknowledged late.
+        let Some(past) = record.past.iter().rev().find(|past| past.lease == lease) else {
+            // Never granted, or lost with the power.
+            return vec![if record.is_settled() { long_ago } else { Stale }];
+        };
+        if last && !owner {
+            return vec![NotOwner];
+        }
+        if past.said == Said::Lapsed {
+            let waits = matches!(record.state, State::Waiting { .. });
+            right.push(if last && waits && said == Some(Said::Ack) { Late } else { Stale });
+        } else {
             right.push(match said {
                 None => Gone,
                 Some(said) if said == past.said => Duplicate,
                 Some(_) => Conflict,
             });
-            // Only what ended last on a record is told apart; a record that lapsed for good ended by that.
-            let lapsed = record.is_settled() && record.cause == Some(Cause::Lapsed);
-            let is_last = record.past.last() == Some(past) && !lapsed;
-            if !is_last || !remembered(past.lsn, past.at_ms) {
-                right.extend(if record.is_settled() { [Stale, long_ago] } else { [Stale, Stale] });
-            }
-            if past.member != *attempt.member {
-                right.push(NotOwner);
-            }
-            return right;
         }
-        let owner = record.lease != lease || record.member == *attempt.member;
-        match record.state {
-            State::Waiting { .. } if record.lease == lease && record.cause == Some(Cause::Lapsed) => {
-                if said == Some(Said::Ack) {
-                    right.push(if owner { Late } else { NotOwner });
-                    return right;
-                }
-                right.push(Stale);
-            }
-            State::Settled { lsn, at_ms, .. } => {
-                right.push(Stale);
-                // What is remembered is how the last lease ended, be it long before the dead letter was there.
-                let ended = record.past.last().filter(|past| past.lease == record.lease);
-                let (lsn, at_ms) = ended.map_or((lsn, at_ms), |past| (past.lsn, past.at_ms));
-                if !remembered(lsn, at_ms) {
-                    right.push(long_ago);
-                }
-            }
-            _ => right.push(Stale),
-        }
-        if !owner {
-            right.push(NotOwner);
+        let remembered = past.lsn > attempt.forgotten && at.now_ms < past.at_ms + REMEMBERED_MS;
+        // A record that is not settled tells of its last lease itself, unless its dead letter could not be made.
+        if !remembered && (!last || record.state == State::Held) {
+            right.push(if record.is_settled() { long_ago } else { Stale });
         }
         right
     }
@@ -155,6 +139,7 @@ impl Model {
         let share = self.shares.get_mut(attempt.group).expect("a settlement in a known group");
         let part = share.parts.get_mut(&attempt.record.partition).expect("on a known partition");
         part.counts.acked += 1;
+        share.guard.outcome(false, share.config.guard_law(), at.now_ms);
     }
 
     /// The next state and the due time or deadline that were answered.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use felucca_broker::engine::types::{LeaseId, PartitionKey, TopicId};
 
+use super::guard::{Guard, Law};
 use super::log::Log;
 use super::{Model, Moment, Name};
 
@@ -28,6 +29,8 @@ pub(crate) struct Config {
     pub(crate) on_exhausted: OnExhausted,
     /// The class that ends a record at once.
     pub(crate) fatal_class: Option<&'static str>,
+    pub(crate) guard: bool,
+    pub(crate) window: usize,
 }
 
 impl Default for Config {
@@ -44,11 +47,22 @@ impl Default for Config {
             ordered: false,
             on_exhausted: OnExhausted::DeadLetter,
             fatal_class: None,
+            guard: true,
+            window: 100,
         }
     }
 }
 
 impl Config {
+    pub(crate) fn guard_law(&self) -> Law {
+        Law {
+            on: self.guard,
+            window: self.window,
+            initial_ms: self.backoff_initial_ms,
+            max_ms: self.backoff_max_ms,
+        }
+    }
+
     /// Shortest and longest wait after the n-th failure.
     fn backoff(&self, failures: u32) -> (u64, u64) {
         let mut wait = self.backoff_initial_ms as f64;
@@ -105,9 +119,11 @@ pub(crate) enum Said {
     Nack,
     Reject,
     Release,
+    /// Nothing, in its time.
+    Lapsed,
 }
 
-/// A lease that was settled by its holder.
+/// A lease that ended.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Past {
     pub(crate) lease: LeaseId,
@@ -127,9 +143,13 @@ pub(crate) struct Record {
     pub(crate) lease: LeaseId,
     pub(crate) member: Name,
     pub(crate) cause: Option<Cause>,
+    /// The last failure was of the kind that is not tried again.
+    pub(crate) fatal: bool,
     pub(crate) past: Vec<Past>,
     /// It came back at least once.
     pub(crate) returned: bool,
+    /// It failed so often that it is granted alone.
+    pub(crate) alone: bool,
 }
 
 impl Record {
@@ -199,6 +219,21 @@ pub(crate) struct Share {
     pub(crate) parts: BTreeMap<PartitionKey, Part>,
     /// What was granted up to this frame was not bound to the order of keys.
     pub(crate) ordered_since: u64,
+    pub(crate) guard: Guard,
+}
+
+impl Share {
+    /// What this member holds: whether each is to be alone.
+    pub(crate) fn held_by(&self, member: &str) -> Vec<bool> {
+        let records = self.parts.values().flat_map(|part| part.records.values());
+        let held = records.filter(|record| record.lease_deadline().is_some() && *record.member == *member);
+        held.map(|record| record.alone).collect()
+    }
+
+    pub(crate) fn live_leases(&self) -> usize {
+        let records = self.parts.values().flat_map(|part| part.records.values());
+        records.filter(|record| record.lease_deadline().is_some()).count()
+    }
 }
 
 /// One lease handed out.
@@ -258,6 +293,20 @@ impl Model {
         assert!(offset >= part.start && log.entries.contains_key(&offset), "no such record: {}", context());
         assert!(offset < may_show, "granted before it may be seen: {}", context());
         let before = part.records.get(&offset);
+        let held = share.held_by(&grant.member);
+        assert!(!held.contains(&true), "granted beside a record that is to be alone: {}", context());
+        let alone = before.is_some_and(|record| record.alone);
+        assert!(
+            !alone || held.is_empty(),
+            "to be alone, granted beside {} others: {}",
+            held.len(),
+            context()
+        );
+        if let Some(probing) = &share.guard.probing {
+            assert!(probing.not_before_ms <= at.now_ms, "a probe before its time: {}", context());
+            let live = share.live_leases();
+            assert!(live < probing.limit as usize, "{live} leases and one more probe: {}", context());
+        }
         match before.map(|record| record.state) {
             None => {}
             Some(State::Waiting { from_ms, .. }) => {
@@ -309,8 +358,10 @@ impl Model {
             lease: grant.lease,
             member: grant.member.clone(),
             cause: None,
+            fatal: false,
             past: Vec::new(),
             returned: false,
+            alone: false,
         });
         record.state = state;
         record.deliveries += 1;
@@ -334,14 +385,25 @@ impl Model {
         let config = &share.config;
         record.cause = Some(failure.cause);
         record.returned = true;
-        if failure.counted {
+        let fatal = failure.cause == Cause::Rejected
+            || config.fatal_class.is_some_and(|class| class == failure.class);
+        record.fatal = fatal;
+        let counted = failure.counted && (fatal || share.guard.probing.is_none());
+        if counted {
             record.failures += 1;
             part.counts.failures += 1;
         }
-        let over = failure.cause == Cause::Rejected
-            || config.fatal_class.is_some_and(|class| class == failure.class)
-            || (failure.cause != Cause::Released && record.failures >= config.max_failures)
+        let over = fatal
+            || (counted && record.failures >= config.max_failures)
             || record.deliveries >= config.max_deliveries;
+        if failure.cause != Cause::Released {
+            let half = record.failures > 0 && 2 * u64::from(record.failures) >= config.max_failures.into();
+            record.alone = !over && half;
+            if !fatal {
+                share.guard.outcome(true, config.guard_law(), at.now_ms);
+            }
+        }
+        let attempts = record.failures;
         record.state = if over {
             match on_exhausted {
                 OnExhausted::DeadLetter => State::Exhausted,
@@ -356,7 +418,7 @@ impl Model {
         } else {
             let (low, high) = match failure.delay_ms {
                 Some(delay) => (delay, delay),
-                None => config.backoff(record.failures),
+                None => config.backoff(attempts),
             };
             State::Waiting { from_ms: at.now_ms.saturating_add(low), by_ms: at.now_ms.saturating_add(high) }
         };
@@ -375,17 +437,48 @@ impl Model {
         leases
     }
 
-    /// Ends the leases whose time is over and those of lost members.
-    pub(crate) fn lapse(&mut self, at: Moment, lost: &[(String, String)]) {
-        let groups: Vec<String> = self.shares.keys().cloned().collect();
-        for group in groups {
-            for (key, offset, member, deadline) in self.leases(&group) {
-                let is_lost = lost.iter().any(|(g, m)| *g == group && **m == *member);
-                if deadline <= at.now_ms || is_lost {
-                    let failure = Failure { cause: Cause::Lapsed, counted: true, delay_ms: None, class: "" };
-                    self.fail(at, &group, key, offset, failure);
+    /// The leases whose time is over and those of lost members.
+    pub(crate) fn lapsing(&self, now_ms: u64, lost: &[(String, String)]) -> BTreeSet<Lapse> {
+        let mut lapsing = BTreeSet::new();
+        for group in self.shares.keys() {
+            for (key, offset, member, deadline) in self.leases(group) {
+                let is_lost = lost.iter().any(|(g, m)| g == group && **m == *member);
+                if deadline <= now_ms || is_lost {
+                    lapsing.insert((group.clone(), key, offset));
                 }
+            }
+        }
+        lapsing
+    }
+
+    /// Ends leases that were not settled in time, in this order.
+    pub(crate) fn lapse(&mut self, at: Moment, lapses: &[Lapse]) {
+        for (group, key, offset) in lapses {
+            let part = self.shares.get_mut(group).and_then(|share| share.parts.get_mut(key));
+            let record = part.and_then(|part| part.records.get_mut(offset)).expect("a lease");
+            record.past.push(Past {
+                lease: record.lease,
+                member: record.member.clone(),
+                said: Said::Lapsed,
+                at_ms: at.now_ms,
+                lsn: at.lsn,
+            });
+            let failure = Failure { cause: Cause::Lapsed, counted: true, delay_ms: None, class: "" };
+            self.fail(at, group, *key, *offset, failure);
+        }
+    }
+
+    /// An operator wants everything that waits now.
+    pub(crate) fn kicked(&mut self, now_ms: u64, group: &str, topic: Option<TopicId>) {
+        let share = self.shares.get_mut(group).expect("a known group");
+        let parts = share.parts.iter_mut().filter(|(key, _)| topic.is_none_or(|id| key.topic == id));
+        for record in parts.flat_map(|(_, part)| part.records.values_mut()) {
+            if let State::Waiting { from_ms, by_ms } = &mut record.state {
+                (*from_ms, *by_ms) = ((*from_ms).min(now_ms), (*by_ms).min(now_ms));
             }
         }
     }
 }
+
+/// A lease that was not settled in time: (group, partition, offset).
+pub(crate) type Lapse = (String, PartitionKey, u64);

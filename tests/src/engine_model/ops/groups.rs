@@ -7,7 +7,8 @@ use felucca_broker::engine::effect::{Reply, TopicKind};
 use felucca_broker::engine::error::EngineError;
 use felucca_broker::engine::types::{Level, PartitionKey, TopicId};
 
-use crate::engine_model::model::share::{Config, OnExhausted, Part, Share};
+use crate::engine_model::model::guard::Guard;
+use crate::engine_model::model::share::{Config, OnExhausted, Part, Share, State};
 use crate::engine_model::model::topics::{Kind, Topic, letters_name, redrive_name};
 use crate::engine_model::world::World;
 
@@ -36,6 +37,8 @@ impl World {
                 OnExhausted::Discard,
             ][rng.below(4) as usize],
             fatal_class: rng.chance(50).then_some("fatal"),
+            guard: rng.chance(80),
+            window: [10, 12, 20, 100][rng.below(4) as usize],
         };
         (entries(&config), config)
     }
@@ -180,7 +183,16 @@ impl World {
         }
         let topics = topics.clone();
         let since = self.lsn();
-        let share = Share { config, paused: false, hidden, since, topics, parts, ordered_since: since };
+        let share = Share {
+            config,
+            paused: false,
+            hidden,
+            since,
+            topics,
+            parts,
+            ordered_since: since,
+            guard: Guard::default(),
+        };
         self.model.shares.insert(name.to_owned(), share);
     }
 
@@ -203,7 +215,38 @@ impl World {
         if drawn.ordered && !before.ordered {
             share.ordered_since = lsn;
         }
+        if !drawn.guard {
+            share.guard = Guard::default();
+        }
         share.config = drawn;
+    }
+
+    pub(crate) fn kick_group(&mut self) {
+        let Some(group) = self.any_share_group() else { return };
+        let topic = if self.rng.chance(40) { self.any_topic() } else { None };
+        let id = topic.as_deref().and_then(|topic| self.model.topic_named(topic)).map(|(id, _)| id);
+        self.note(|| format!("kick {group} {topic:?}"));
+        let command = Command::KickGroup { group: group.clone(), topic };
+        let share = &self.model.shares[&group];
+        if id.is_some_and(|id| !share.topics.contains(&id)) {
+            self.refused(command, |error| matches!(error, EngineError::InvalidRequest(_)));
+            return;
+        }
+        let now_ms = self.now.monotonic_ms;
+        let parts = share.parts.iter().filter(|(key, _)| id.is_none_or(|id| key.topic == id));
+        let waiting: Vec<u64> = parts
+            .flat_map(|(_, part)| part.records.values())
+            .filter_map(|record| match record.state {
+                State::Waiting { from_ms, .. } => Some(from_ms),
+                _ => None,
+            })
+            .collect();
+        let least = waiting.iter().filter(|from_ms| **from_ms > now_ms).count() as u64;
+        let Reply::Kicked { records } = self.ask(command, Level::Synced) else { panic!("kicked") };
+        assert!((least..=waiting.len() as u64).contains(&records), "{records} kicked, at least {least}");
+        if records > 0 {
+            self.model.kicked(now_ms, &group, id);
+        }
     }
 
     pub(crate) fn pause_group(&mut self) {
@@ -319,6 +362,8 @@ fn entries(config: &Config) -> Vec<(String, String)> {
         ("ordering", if config.ordered { "key" } else { "none" }.to_owned()),
         ("on-exhausted", on_exhausted.to_owned()),
         ("non-retryable-classes", config.fatal_class.unwrap_or("").to_owned()),
+        ("outage-guard", if config.guard { "on" } else { "off" }.to_owned()),
+        ("outage-window", config.window.to_string()),
     ]
     .map(|(key, value)| (key.to_owned(), value))
     .into()

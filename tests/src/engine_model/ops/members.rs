@@ -1,5 +1,7 @@
 //! Members of share groups: subscriptions, credit, settlements, complete.
 
+use std::collections::BTreeSet;
+
 use felucca_broker::engine::command::{AppendEntry, Command, FailureDetail, LeaseRef, Outcome, Settlement};
 use felucca_broker::engine::dead_letter;
 use felucca_broker::engine::effect::{Reply, SettleStatus};
@@ -62,12 +64,15 @@ impl World {
             self.refused(command, |error| matches!(error, EngineError::LimitReached { .. }));
             return;
         }
+        let already = self.ended();
         assert_eq!(self.ask(command, Level::Synced), Reply::Done);
         self.live.members.insert((group.to_owned(), member.to_owned()), self.now.monotonic_ms);
-        // A member has one subscription: the new one takes the place of the old.
-        self.live
-            .subscriptions
-            .retain(|_, older| (older.group.as_str(), older.member.as_str()) != (group, member));
+        // A member has one subscription: the new one takes the place of the old, which is told.
+        let is_older =
+            |older: &Subscription| (older.group.as_str(), older.member.as_str()) == (group, member);
+        let older = self.live.subscriptions.extract_if(.., |_, subscription| is_older(subscription));
+        let older: BTreeSet<SubscriptionId> = older.map(|(id, _)| id).collect();
+        assert_eq!(self.ended_since(already), older, "older subscriptions of {member}");
         self.model.give_back(self.moment(), group, member, &held);
         let subscription = Subscription {
             group: group.to_owned(),
@@ -114,6 +119,13 @@ impl World {
         members.push(("pay".to_owned(), "a stranger".to_owned()));
         self.note(|| format!("seen {members:?}"));
         self.tell(Command::MembersSeen { members });
+    }
+
+    /// A member's session begins anew; nobody becomes a member by a settlement.
+    fn heard_of(&mut self, group: &str, member: &str) {
+        if let Some(seen) = self.live.members.get_mut(&(group.to_owned(), member.to_owned())) {
+            *seen = self.now.monotonic_ms;
+        }
     }
 
     // ---- Settling ----
@@ -201,7 +213,7 @@ impl World {
         }
         let Reply::Settled(results) = self.ask(command, level) else { panic!("settled") };
         assert_eq!(results.len(), settlements.len());
-        self.live.members.insert((group.to_owned(), member.to_owned()), self.now.monotonic_ms);
+        self.heard_of(group, member);
         let member: Name = member.into();
         for (settlement, result) in settlements.iter().zip(results) {
             let LeaseRef { partition, offset, lease } = settlement.record;
@@ -321,7 +333,7 @@ impl World {
         let Reply::Completed { result, base_offsets } = self.ask(command, Level::Synced) else {
             panic!("completed")
         };
-        self.live.members.insert((group.clone(), held.member.clone()), self.now.monotonic_ms);
+        self.heard_of(&group, &held.member);
         self.trace.note(|| format!("    -> {result:?} {base_offsets:?}"));
         let member: Name = held.member.as_str().into();
         let attempt = self.attempt(&group, &member, held.record, &Outcome::Ack);

@@ -18,11 +18,11 @@ use super::world::{Fate, World};
 #[derive(Clone, Debug)]
 pub(crate) struct Weights([u64; KINDS]);
 
-const KINDS: usize = 18;
+const KINDS: usize = 19;
 
 impl Weights {
     pub(crate) fn draw(rng: &mut Rng) -> Self {
-        let mut weights = [30, 6, 25, 6, 2, 2, 2, 3, 3, 3, 8, 6, 2, 1, 2, 3, 3, 12];
+        let mut weights = [30, 6, 25, 6, 2, 2, 2, 3, 3, 3, 8, 6, 2, 1, 2, 3, 3, 3, 12];
         for weight in &mut weights {
             match rng.below(4) {
                 0 => *weight /= 3,
@@ -66,6 +66,7 @@ impl World {
             14 => self.delete_group(),
             15 => self.commit_offsets(),
             16 => self.init_producer(),
+            17 => self.kick_group(),
             _ => self.heartbeat(),
         }
         self.check_fresh();

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use super::members::Subscription;
 use super::{ShareGroup, to_deltas};
 use crate::engine::command::ScannedRecord;
 use crate::engine::effect::{DeliveredRecord, Delivery, Scan};
@@ -23,18 +24,27 @@ impl ShareGroup {
         &mut self,
         stage: &mut Stage<'_>,
         key: PartitionKey,
+        log_start: u64,
         from: u64,
         next: u64,
         records: &[ScannedRecord],
     ) {
         let Some(partition) = self.partitions.get_mut(&key) else { return };
         let missing = partition.queue.scanned(&partition.state, from, next, records);
-        let skipped: Vec<u64> = missing.into_iter().flat_map(|(first, count)| [first, count]).collect();
-        if !skipped.is_empty() {
-            let event = Settled { skipped: skipped.clone(), ..Default::default() };
-            partition.state.apply_settled(&event);
+        let mut gaps = Settled::default();
+        for (first, count) in missing {
+            // What lies below the start of the log went before anybody was given it.
+            let kept_from = (first + count).min(first.max(log_start));
+            for (ranges, from, until) in
+                [(&mut gaps.expired, first, kept_from), (&mut gaps.skipped, kept_from, first + count)]
+            {
+                if until > from {
+                    ranges.extend([from, until - from]);
+                    partition.state.skip(from, until, until <= log_start);
+                }
+            }
         }
-        self.push_settled(stage, key, Vec::new(), Vec::new(), skipped);
+        self.push_settled(stage, key, Vec::new(), gaps);
         stage.pump.insert(self.name.clone());
     }
 
@@ -50,16 +60,111 @@ impl ShareGroup {
         if self.paused {
             return;
         }
+        for id in std::mem::take(&mut self.withheld) {
+            self.offer(id);
+        }
+        loop {
+            self.grant_alone(stage);
+            if self.alone.is_empty()
+                && let Some(reserved) = self.reserved.take()
+            {
+                self.offer(reserved);
+            }
+            if !self.grant_ready(stage) {
+                break;
+            }
+        }
+        self.reserve();
+        if !self.takers.is_empty() {
+            self.ask_for_scans(stage);
+        }
+    }
+
+    /// Puts a subscription where its credit and what its member holds want it.
+    pub(super) fn offer(&mut self, id: SubscriptionId) {
+        self.takers.remove(&id);
+        self.withheld.remove(&id);
+        if let Some(subscription) = self.subscriptions.get(&id)
+            && subscription.has_credit()
+        {
+            let alone = self.ledger.holders.of(&subscription.member).alone;
+            let open = !alone && self.reserved != Some(id);
+            (if open { &mut self.takers } else { &mut self.withheld }).insert(id);
+        }
+    }
+
+    /// Leases that may be granted now, as far as the outage guard goes.
+    fn room(&self, now_ms: u64) -> usize {
+        let outage = &self.ledger.outage;
+        match outage.limit() {
+            None => usize::MAX,
+            Some(_) if outage.not_before().is_some_and(|at| at > now_ms) => 0,
+            Some(limit) => (limit as usize).saturating_sub(self.ledger.holders.total() as usize),
+        }
+    }
+
+    /// Hands out, each to one member, as long as there are members with credit. Answers whether anything came of it.
+    fn grant_ready(&mut self, stage: &mut Stage<'_>) -> bool {
+        let mut progress = false;
         while let Some(key) = next_after(&self.ready, self.last_partition) {
             let Some(id) = next_after(&self.takers, self.last_subscription) else { break };
+            if self.room(stage.now.monotonic_ms) == 0 {
+                break;
+            }
             self.last_partition = Some(key);
             self.last_subscription = Some(id);
-            if !self.grant(stage, key, id) {
+            progress = true;
+            if !self.grant(stage, key, id, false) {
                 self.ready.remove(&key);
             }
         }
-        if !self.takers.is_empty() {
-            self.ask_for_scans(stage);
+        progress
+    }
+
+    /// Hands out what is to be alone, to members that hold nothing.
+    fn grant_alone(&mut self, stage: &mut Stage<'_>) {
+        while let Some(key) = next_after(&self.alone, self.last_alone) {
+            let Some(id) = self.free_taker() else { break };
+            if self.room(stage.now.monotonic_ms) == 0 {
+                break;
+            }
+            self.last_alone = Some(key);
+            if !self.grant(stage, key, id, true) {
+                self.alone.remove(&key);
+            }
+        }
+    }
+
+    /// A member that may be given a record alone: it has credit and holds nothing, and what it was given last was not alone
+    /// too while others wait.
+    fn free_taker(&self) -> Option<SubscriptionId> {
+        let is_free = |id: &SubscriptionId| {
+            self.subscriptions.get(id).is_some_and(|subscription| {
+                let in_turn = self.ready.is_empty() || !subscription.had_alone;
+                let chosen = in_turn || self.reserved == Some(*id);
+                chosen
+                    && subscription.has_credit()
+                    && self.ledger.holders.of(&subscription.member).leases == 0
+            })
+        };
+        self.reserved.filter(is_free).or_else(|| self.takers.iter().copied().find(is_free))
+    }
+
+    /// When a record waits to be granted alone and no member is free, one of them gets nothing more until it is.
+    fn reserve(&mut self) {
+        let holding = |subscription: &Subscription| self.ledger.holders.of(&subscription.member);
+        // One that neither has credit nor will have it by settling something is waited for in vain.
+        let hopeful =
+            |subscription: &Subscription| subscription.has_credit() || holding(subscription).leases > 0;
+        let kept = self.reserved.and_then(|id| self.subscriptions.get(&id)).is_some_and(hopeful);
+        if self.alone.is_empty() || kept {
+            return;
+        }
+        let candidates = self.subscriptions.iter().filter(|(_, one)| hopeful(one) && !holding(one).alone);
+        let chosen = candidates.min_by_key(|(_, one)| (!one.has_credit(), holding(one).leases));
+        let former = std::mem::replace(&mut self.reserved, chosen.map(|(id, _)| *id));
+        for id in former.into_iter().chain(self.reserved) {
+            self.offer(id);
         }
     }
 
@@ -87,8 +192,10 @@ impl ShareGroup {
         }
     }
 
-    /// Grants one member its share of what is ready on one partition. Answers whether more is ready there.
-    fn grant(&mut self, stage: &mut Stage<'_>, key: PartitionKey, id: SubscriptionId) -> bool {
+    /// Grants one member its share of what is ready on one partition, or one record `alone`. Answers whether more is ready
+    /// there.
+    fn grant(&mut self, stage: &mut Stage<'_>, key: PartitionKey, id: SubscriptionId, alone: bool) -> bool {
+        let room = self.room(stage.now.monotonic_ms);
         let Some(partition) = self.partitions.get_mut(&key) else { return false };
         let Some(subscription) = self.subscriptions.get_mut(&id) else { return false };
         let leases = partition.state.leases().len() as u64;
@@ -97,21 +204,24 @@ impl ShareGroup {
         }
         let allow_new = (partition.state.exceptions().len() as u64) < stage.max_exceptions;
         let share = partition.queue.ready_len().div_ceil(self.takers.len().max(1)).clamp(1, GRANT_QUANTUM);
+        let share = if alone { 1 } else { share.min(room) };
         let mut taken: Vec<Ready> = Vec::with_capacity(share);
         while taken.len() < share
             && subscription.has_credit()
-            && let Some(ready) = partition.queue.take(&partition.state, allow_new)
+            && let Some(ready) = if alone {
+                partition.queue.take_alone(&partition.state)
+            } else {
+                partition.queue.take(&partition.state, allow_new)
+            }
         {
             subscription.credit_records -= 1;
             subscription.credit_bytes -= i64::from(ready.size);
             taken.push(ready);
         }
-        if !subscription.has_credit() {
-            self.takers.remove(&id);
-        }
         if taken.is_empty() {
             return false;
         }
+        subscription.had_alone = alone;
         taken.sort_unstable_by_key(|ready| ready.offset);
         let first_lease = stage.next_leases(taken.len());
         let now_ms = stage.now.monotonic_ms;
@@ -130,6 +240,7 @@ impl ShareGroup {
                     size: ready.size,
                 },
             );
+            self.ledger.holders.granted(&subscription.member, alone);
             partition.queue.leased(ready.offset, deadline_ms);
             let (deliveries, failures) = partition.state.attempts(ready.offset);
             records.push(DeliveredRecord { offset: ready.offset, deliveries, failures });
@@ -161,7 +272,12 @@ impl ShareGroup {
             lease_ms: self.config.lease_ms,
             records,
         });
-        let more = partition.queue.has_ready();
+        let more = if alone { partition.queue.has_alone() } else { partition.queue.has_ready() };
+        if alone {
+            // The one that was waited for, or another was free.
+            self.reserved = self.reserved.filter(|reserved| *reserved != id);
+        }
+        self.offer(id);
         self.after_change(stage, key);
         more
     }

@@ -3,12 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::{ShareGroup, SharePartition};
+use super::ShareGroup;
 use crate::engine::command::LeaseRef;
 use crate::engine::error::EngineError;
-use crate::engine::event::RecordChange;
-use crate::engine::share::settle::{self, Failure};
-use crate::engine::share::state::Cause;
+use crate::engine::share::settle;
 use crate::engine::stage::{Stage, TimerKey};
 use crate::engine::types::{LeaseId, PartitionKey, SubscriptionId};
 
@@ -25,6 +23,8 @@ pub(super) struct Subscription {
     pub(super) member: Arc<str>,
     pub(super) credit_records: i64,
     pub(super) credit_bytes: i64,
+    /// What it was granted last was to be alone.
+    pub(super) had_alone: bool,
 }
 
 impl Subscription {
@@ -43,15 +43,12 @@ impl ShareGroup {
     }
 
     pub(crate) fn leases_of(&self, member: &str) -> u64 {
-        let of_partition = |partition: &SharePartition| {
-            partition.state.leases().values().filter(|lease| &*lease.member == member).count()
-        };
-        self.partitions.values().map(of_partition).sum::<usize>() as u64
+        self.ledger.holders.of(member).leases
     }
 
     /// Opens a subscription. Live leases of the member that it does not name in `held` go back without a failure, and older
-    /// subscriptions of the member get nothing more: they are of a connection whose end has not been noticed yet, and what
-    /// would be sent there would be leased to nobody.
+    /// subscriptions of the member end: they are of a connection whose end has not been noticed yet, and what would be sent
+    /// there would be leased to nobody; or they are of another live process under the same name, which is told.
     pub(crate) fn subscribe(
         &mut self,
         stage: &mut Stage<'_>,
@@ -60,12 +57,12 @@ impl ShareGroup {
         credit: (u32, u32),
         held: &[LeaseRef],
     ) {
-        self.seen(stage, member);
+        self.join(stage, member);
         let member: Arc<str> = member.into();
         if let Some(entry) = self.members.get_mut(&member) {
             for older in std::mem::replace(&mut entry.subscriptions, BTreeSet::from([id])) {
-                self.subscriptions.remove(&older);
-                self.takers.remove(&older);
+                self.drop_subscription(older);
+                stage.out.ended.push((older, EngineError::MemberFenced(member.to_string())));
             }
         }
         let held: BTreeSet<(PartitionKey, u64, LeaseId)> =
@@ -84,47 +81,54 @@ impl ShareGroup {
         for (key, offset) in unknown {
             let on_exhausted = self.on_exhausted(&key.topic);
             let Some(partition) = self.partitions.get(&key) else { continue };
-            let released = settle::release(&partition.state, &self.config, on_exhausted, offset);
+            let desk = partition.desk(&self.ledger, &self.config, on_exhausted, stage.now);
+            let released = settle::release(&desk, offset);
             self.commit_changes(stage, key, Vec::new(), vec![released]);
         }
-        let subscription =
-            Subscription { member, credit_records: i64::from(credit.0), credit_bytes: i64::from(credit.1) };
-        if subscription.has_credit() {
-            self.takers.insert(id);
-        }
+        let (credit_records, credit_bytes) = (i64::from(credit.0), i64::from(credit.1));
+        let subscription = Subscription { member, credit_records, credit_bytes, had_alone: false };
         self.subscriptions.insert(id, subscription);
+        self.offer(id);
     }
 
     pub(crate) fn add_credit(&mut self, id: SubscriptionId, records: u32, bytes: u32) {
         if let Some(subscription) = self.subscriptions.get_mut(&id) {
             subscription.credit_records = subscription.credit_records.saturating_add(i64::from(records));
             subscription.credit_bytes = subscription.credit_bytes.saturating_add(i64::from(bytes));
-            if subscription.has_credit() {
-                self.takers.insert(id);
-            }
+            self.offer(id);
         }
     }
 
     pub(crate) fn unsubscribe(&mut self, id: SubscriptionId) {
-        self.takers.remove(&id);
-        if let Some(subscription) = self.subscriptions.remove(&id)
+        if let Some(subscription) = self.drop_subscription(id)
             && let Some(member) = self.members.get_mut(&subscription.member)
         {
             member.subscriptions.remove(&id);
         }
     }
 
-    /// Something was heard of the member; its session begins anew.
-    pub(crate) fn seen(&mut self, stage: &mut Stage<'_>, member: &str) {
-        let now_ms = stage.now.monotonic_ms;
-        match self.members.get_mut(member) {
-            Some(entry) => entry.last_seen_ms = now_ms,
-            None => {
-                let entry = Member { last_seen_ms: now_ms, watched: false, subscriptions: BTreeSet::new() };
-                self.members.insert(member.into(), entry);
-            }
+    fn drop_subscription(&mut self, id: SubscriptionId) -> Option<Subscription> {
+        self.takers.remove(&id);
+        self.withheld.remove(&id);
+        self.reserved = self.reserved.filter(|reserved| *reserved != id);
+        self.subscriptions.remove(&id)
+    }
+
+    fn join(&mut self, stage: &mut Stage<'_>, member: &str) {
+        if !self.members.contains_key(member) {
+            let subscriptions = BTreeSet::new();
+            let entry = Member { last_seen_ms: stage.now.monotonic_ms, watched: false, subscriptions };
+            self.members.insert(member.into(), entry);
         }
-        self.watch(stage, member);
+        self.seen(stage, member);
+    }
+
+    /// Something was heard of the member: its session begins anew. Who is no member does not become one by it.
+    pub(crate) fn seen(&mut self, stage: &mut Stage<'_>, member: &str) {
+        if let Some(entry) = self.members.get_mut(member) {
+            entry.last_seen_ms = stage.now.monotonic_ms;
+            self.watch(stage, member);
+        }
     }
 
     fn watch(&mut self, stage: &mut Stage<'_>, member: &str) {
@@ -150,7 +154,7 @@ impl ShareGroup {
             .flat_map(|partition| partition.state.leases().values().map(|lease| lease.member.clone()))
             .collect();
         for member in holders {
-            self.seen(stage, &member);
+            self.join(stage, &member);
         }
     }
 
@@ -164,25 +168,10 @@ impl ShareGroup {
         }
         let subscriptions = std::mem::take(&mut entry.subscriptions);
         for id in subscriptions {
-            self.subscriptions.remove(&id);
-            self.takers.remove(&id);
-            let error = EngineError::UnknownMember(member.to_owned());
-            stage.out.ended.push((id, error));
+            self.drop_subscription(id);
+            stage.out.ended.push((id, EngineError::UnknownMember(member.to_owned())));
         }
         self.members.remove(member);
-        let keys: Vec<PartitionKey> = self.partitions.keys().copied().collect();
-        for key in keys {
-            let on_exhausted = self.on_exhausted(&key.topic);
-            let Some(partition) = self.partitions.get(&key) else { continue };
-            let lost = partition.state.leases().iter().filter(|(_, lease)| &*lease.member == member);
-            let changes: Vec<RecordChange> = lost
-                .map(|(offset, _)| {
-                    let failure =
-                        Failure { cause: Cause::MemberLost, counted: true, delay_ms: None, detail: None };
-                    settle::failure(&partition.state, &self.config, on_exhausted, *offset, failure, stage.now)
-                })
-                .collect();
-            self.commit_changes(stage, key, Vec::new(), changes);
-        }
+        self.member_lost(stage, member);
     }
 }

@@ -2,12 +2,13 @@
 
 use super::ShareGroup;
 use crate::engine::command::{LeaseRef, Outcome, Settlement};
+use crate::engine::config::OnExhausted;
 use crate::engine::dead_letter::DeadLetterContext;
 use crate::engine::effect::{DeadLetterRead, SettleResult, SettleStatus};
-use crate::engine::event::RecordChange;
+use crate::engine::event::{RecordChange, Settled, ShareKicked, event::Kind};
 use crate::engine::share::settle::{self, Decision, Failure};
 use crate::engine::share::state::{Cause, ExceptionState, change};
-use crate::engine::stage::Stage;
+use crate::engine::stage::{RowKey, Stage};
 use crate::engine::types::{Lsn, PartitionKey};
 
 /// Due records and expired leases handled in one step.
@@ -33,34 +34,27 @@ impl ShareGroup {
                 results.extend(run.iter().map(|_| settle::unchanged(SettleStatus::Fenced)));
                 continue;
             };
+            let (ledger, config) = (&mut self.ledger, &self.config);
             for settlement in run {
                 let record = &settlement.record;
-                let decision = settle::decide(
-                    &partition.state,
-                    &self.config,
-                    on_exhausted,
-                    member,
-                    record,
-                    &settlement.outcome,
-                    stage.now,
-                );
-                results.push(match decision {
+                let desk = partition.desk(ledger, config, on_exhausted, stage.now);
+                results.push(match settle::decide(&desk, member, record, &settlement.outcome) {
                     Decision::Answer(status) => settle::unchanged(status),
                     Decision::Ack { late } => {
                         let status = if late { SettleStatus::Late } else { SettleStatus::Ok };
-                        partition.ack(stage, record.offset);
+                        partition.ack(stage, ledger, config, record.offset);
                         acked.push(record.offset);
                         settle::result(status, None, stage.now)
                     }
                     Decision::Change(change) => {
                         let result = settle::result(SettleStatus::Ok, Some(&change), stage.now);
-                        partition.change(stage, &change);
+                        partition.change(stage, ledger, config, &change);
                         changes.push(change);
                         result
                     }
                 });
             }
-            self.push_settled(stage, key, acked, changes, Vec::new());
+            self.push_settled(stage, key, acked, Settled { changes, ..Settled::default() });
         }
         results
     }
@@ -76,8 +70,8 @@ impl ShareGroup {
             return Err(SettleStatus::Fenced);
         };
         let on_exhausted = self.on_exhausted(&record.partition.topic);
-        let ack = Outcome::Ack;
-        match settle::decide(&partition.state, &self.config, on_exhausted, member, record, &ack, stage.now) {
+        let desk = partition.desk(&self.ledger, &self.config, on_exhausted, stage.now);
+        match settle::decide(&desk, member, record, &Outcome::Ack) {
             Decision::Ack { late: false } => Ok(SettleStatus::Ok),
             Decision::Ack { late: true } => Ok(SettleStatus::Late),
             Decision::Answer(status) => Err(status),
@@ -104,10 +98,7 @@ impl ShareGroup {
                 offset,
                 deliveries: exception.deliveries,
                 failures: exception.failures,
-                reason: dead_letter_reason(
-                    exception.cause,
-                    exception.deliveries >= self.config.max_deliveries,
-                ),
+                reason: exception.ended.name(),
                 class: exception.class.clone(),
                 message: exception.reason.clone(),
                 detail: exception.detail.clone(),
@@ -172,11 +163,10 @@ impl ShareGroup {
         let mut changes = Vec::new();
         for offset in partition.queue.take_due(now_ms, DUE_PER_STEP) {
             if partition.state.lease(offset).is_some_and(|lease| lease.deadline_ms <= now_ms) {
-                let failure =
-                    Failure { cause: Cause::LeaseExpired, counted: true, delay_ms: None, detail: None };
-                let change =
-                    settle::failure(&partition.state, &self.config, on_exhausted, offset, failure, stage.now);
-                partition.change(stage, &change);
+                let (ledger, config) = (&mut self.ledger, &self.config);
+                let desk = partition.desk(ledger, config, on_exhausted, stage.now);
+                let change = settle::failure(&desk, offset, Failure::lapsed(Cause::LeaseExpired));
+                partition.change(stage, ledger, config, &change);
                 changes.push(change);
             } else if let Some(exception) = partition.state.exception(offset)
                 && let ExceptionState::Scheduled { due_ms } = exception.state
@@ -187,8 +177,49 @@ impl ShareGroup {
                 partition.queue.available(&partition.state, offset, slot);
             }
         }
-        self.push_settled(stage, key, Vec::new(), changes, Vec::new());
+        self.push_settled(stage, key, Vec::new(), Settled { changes, ..Settled::default() });
         stage.pump.insert(self.name.clone());
+    }
+
+    /// Fails every lease of a member that is lost.
+    pub(super) fn member_lost(&mut self, stage: &mut Stage<'_>, member: &str) {
+        let on_exhausted: Vec<(PartitionKey, OnExhausted)> =
+            self.partitions.keys().map(|key| (*key, self.on_exhausted(&key.topic))).collect();
+        for (key, on_exhausted) in on_exhausted {
+            let Some(partition) = self.partitions.get_mut(&key) else { continue };
+            let lost = partition.state.leases().iter().filter(|(_, lease)| &*lease.member == member);
+            let lost: Vec<u64> = lost.map(|(offset, _)| *offset).collect();
+            let mut changes = Vec::with_capacity(lost.len());
+            for offset in lost {
+                let (ledger, config) = (&mut self.ledger, &self.config);
+                let desk = partition.desk(ledger, config, on_exhausted, stage.now);
+                let change = settle::failure(&desk, offset, Failure::lapsed(Cause::MemberLost));
+                partition.change(stage, ledger, config, &change);
+                changes.push(change);
+            }
+            self.push_settled(stage, key, Vec::new(), Settled { changes, ..Settled::default() });
+        }
+    }
+
+    /// An operator wants every scheduled record of the partition now. Answers how many there were.
+    pub(crate) fn kick(&mut self, stage: &mut Stage<'_>, key: PartitionKey) -> u64 {
+        let Some(partition) = self.partitions.get_mut(&key) else { return 0 };
+        let kicked = partition.state.kick();
+        if kicked.is_empty() {
+            return 0;
+        }
+        for offset in &kicked {
+            let slot = partition.state.exception(*offset).and_then(|exception| exception.slot);
+            partition.queue.available(&partition.state, *offset, slot);
+        }
+        stage.event(Kind::ShareKicked(ShareKicked {
+            group: self.name.to_string(),
+            topic_id: key.topic.0.to_vec(),
+            partition: key.partition,
+        }));
+        stage.dirty.insert(RowKey::Share(self.name.clone(), key));
+        self.after_change(stage, key);
+        kicked.len() as u64
     }
 
     /// Frames up to `committed` have reached the commit level. Answers whether anything still waits.
@@ -198,16 +229,5 @@ impl ShareGroup {
         let waits = partition.queue.waits_for_commit();
         self.after_change(stage, key);
         waits
-    }
-}
-
-fn dead_letter_reason(cause: Cause, at_delivery_cap: bool) -> &'static str {
-    match cause {
-        Cause::Rejected => "rejected",
-        _ if at_delivery_cap => "max_deliveries",
-        Cause::LeaseExpired => "lease_expired",
-        Cause::MemberLost => "member_lost",
-        Cause::Undecodable => "undecodable",
-        Cause::Nacked | Cause::Released | Cause::None => "max_failures",
     }
 }
