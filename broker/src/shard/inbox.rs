@@ -1,18 +1,21 @@
 //! The way into the shard: two lanes of commands, and news for the shard thread, under one short lock.
 //!
 //! Settlements, queries and everything else that is small goes before bulk (appends), so that a flood of records never
-//! delays an acknowledgement. Senders never block here: what they queue was admitted before (see `admission`). The shard
-//! thread parks when there is nothing for it; one sender unparks it, however many send meanwhile.
+//! delays an acknowledgement. What senders queue was admitted before (see `admission`). The shard thread parks when there
+//! is nothing for it; one sender unparks it, however many send meanwhile, or, with little to do, takes the shard's turn
+//! itself (see `runner`).
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 use std::thread::Thread;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::engine::command::Command;
 use crate::engine::types::Lsn;
 
+use super::runner::Runner;
 use super::sink::Responder;
 
 /// A command on its way to the engine, and who waits for its answer.
@@ -73,25 +76,42 @@ struct Lanes {
     closed: bool,
 }
 
+/// Most bytes with which a sender takes the turn itself: what takes longer to write than a thread to wake is better done
+/// beside the sender.
+const OWN_TURN_BYTES: usize = 16 << 10;
+
 /// See the module's documentation.
 #[derive(Debug, Default)]
 pub(crate) struct Inbox {
     lanes: Mutex<Lanes>,
     thread: OnceLock<Thread>,
+    /// Whoever holds it takes the turns; empty before the start and after the end.
+    seat: Mutex<Option<Runner>>,
 }
 
 impl Inbox {
-    /// Names the thread to wake; called once, by that thread, before it first drains.
-    pub(crate) fn attach(&self) {
+    /// Names the thread to wake, and gives it what takes the turns; called once, by that thread, before it first drains.
+    pub(crate) fn attach(&self, runner: Runner) {
         // A second call would name the same thread.
         let _ = self.thread.set(std::thread::current());
+        *self.seat.lock() = Some(runner);
+    }
+
+    /// What takes the turns; empty after the end.
+    pub(crate) fn seat(&self) -> MutexGuard<'_, Option<Runner>> {
+        self.seat.lock()
     }
 
     /// Queues commands in order. After [`Self::close`] they are dropped, which answers them.
+    ///
+    /// When the shard sleeps and the commands are small, they are carried out before this returns: that spares two changes
+    /// of threads, which take longer than the commands.
     pub(crate) fn submit(&self, submissions: impl IntoIterator<Item = Submission>) {
         let mut refused = Vec::new();
-        self.change(|lanes| {
+        let mut bytes = 0;
+        let sleeps = self.change(|lanes| {
             for submission in submissions {
+                bytes += submission.bytes;
                 if lanes.closed {
                     refused.push(submission);
                 } else if matches!(submission.command, Command::Append { .. }) {
@@ -103,19 +123,41 @@ impl Inbox {
         });
         // Answered here, without the lock.
         drop(refused);
+        if sleeps && !(bytes <= OWN_TURN_BYTES && self.take_turn()) {
+            self.wake();
+        }
     }
 
     pub(crate) fn tell(&self, news: News) {
-        self.change(|lanes| lanes.news.push(news));
+        if self.change(|lanes| lanes.news.push(news)) {
+            self.wake();
+        }
     }
 
-    fn change(&self, change: impl FnOnce(&mut Lanes)) {
+    /// Returns whether the shard sleeps and the caller is the one to see that it does not sleep on.
+    fn change(&self, change: impl FnOnce(&mut Lanes)) -> bool {
         let mut lanes = self.lanes.lock();
         change(&mut lanes);
-        let wake = std::mem::take(&mut lanes.sleeping);
-        drop(lanes);
-        if wake && let Some(thread) = self.thread.get() {
+        std::mem::take(&mut lanes.sleeping)
+    }
+
+    fn wake(&self) {
+        if let Some(thread) = self.thread.get() {
             thread.unpark();
+        }
+    }
+
+    /// Takes the shard's turn; false when its thread has to be woken all the same.
+    fn take_turn(&self) -> bool {
+        let Some(mut seat) = self.seat.try_lock() else { return false };
+        let Some(runner) = seat.as_mut() else { return false };
+        match catch_unwind(AssertUnwindSafe(|| runner.take_turn(self))) {
+            Ok(may_sleep_on) => may_sleep_on,
+            Err(_) => {
+                // Half a turn is taken: nobody may take another. The thread finds the seat empty and ends the shard.
+                *seat = None;
+                false
+            }
         }
     }
 

@@ -152,10 +152,10 @@ pub(crate) fn start(
     let checkpoint = CheckpointThread { store, syncer, log: log.clone(), inbox: inbox.clone() };
     let (checkpoints, to_store) = mpsc::channel();
     let reads = Reads { runtime, views: views.clone(), inbox: inbox.clone() };
-    let runner =
-        Runner { shard, clock, inbox: inbox.clone(), reads, checkpoints, options: options.checkpoint };
+    let runner = Runner::new(shard, clock, reads, checkpoints, options.checkpoint);
     let ended = CancellationToken::new();
     let guard = Guard { inbox: inbox.clone(), ended: ended.clone() };
+    let turns = inbox.clone();
     Ok(Running {
         inbox,
         views,
@@ -167,7 +167,7 @@ pub(crate) fn start(
         checkpoint: spawn("checkpoint", move || checkpoint.run(&to_store))?,
         shard: spawn("shard", move || {
             let _guard = guard;
-            runner.run();
+            runner.run(&turns);
         })?,
     })
 }

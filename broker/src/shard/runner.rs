@@ -1,13 +1,16 @@
-//! The shard's thread: drains the inbox, turns the shard, sleeps when there is nothing to do.
+//! What takes the shard's turns: drains the inbox, turns the shard, sleeps when there is nothing to do.
+//!
+//! A thread does this. While it sleeps, a sender with little to carry takes the turn on its own thread, so that a lone
+//! request is answered without waking anybody; whatever takes longer, and everything that comes at a set time, is the
+//! thread's.
 
-use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::clock::Clock;
 use super::core::{Checkpoint, Shard};
-use super::inbox::{DrainLimits, Inbox, News};
+use super::inbox::{DrainLimits, Inbox, News, Submission};
 use super::reads::Reads;
 
 /// Most bytes and commands of one turn.
@@ -17,6 +20,8 @@ const TURN_COMMANDS: usize = 8192;
 const MARK_AFTER: Duration = Duration::from_millis(10);
 /// Longest sleep; only so that a mistake in waking would not be for ever.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+/// Most turns that a sender takes in a row.
+const OWN_TURNS: usize = 4;
 
 /// When state is checkpointed; whichever comes first.
 #[derive(Clone, Debug)]
@@ -29,17 +34,13 @@ pub struct CheckpointOptions {
 /// The shard with all that drives it.
 #[derive(Debug)]
 pub(crate) struct Runner {
-    pub(crate) shard: Shard,
-    pub(crate) clock: Clock,
-    pub(crate) inbox: Arc<Inbox>,
-    pub(crate) reads: Reads,
-    pub(crate) checkpoints: Sender<Checkpoint>,
-    pub(crate) options: CheckpointOptions,
-}
-
-/// What the loop remembers from turn to turn.
-#[derive(Debug)]
-struct Habits {
+    shard: Shard,
+    clock: Clock,
+    reads: Reads,
+    checkpoints: Sender<Checkpoint>,
+    options: CheckpointOptions,
+    commands: Vec<Submission>,
+    news: Vec<News>,
     /// The last frame was written then.
     last_write: Instant,
     /// A mark may be missing for it.
@@ -49,106 +50,170 @@ struct Habits {
     checkpointed: u64,
     checkpointing: bool,
     stopping: bool,
+    /// When the sleeping thread wakes up by itself.
+    alarm: Instant,
+}
+
+/// What there is to do after a turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum After {
+    /// Another turn.
+    Turn,
+    /// Nothing: the inbox is empty, and its next sender sees to the shard.
+    Sleep,
+    /// Nothing ever.
+    End,
 }
 
 impl Runner {
-    /// Runs until told to stop; then carries out what is queued, says in the journal that the run ended cleanly, and
-    /// makes a last checkpoint.
-    pub(crate) fn run(mut self) {
-        self.inbox.attach();
+    pub(crate) fn new(
+        shard: Shard,
+        clock: Clock,
+        reads: Reads,
+        checkpoints: Sender<Checkpoint>,
+        options: CheckpointOptions,
+    ) -> Self {
         let now = Instant::now();
-        let mut habits = Habits {
+        Self {
+            shard,
+            clock,
+            reads,
+            checkpoints,
+            options,
+            commands: Vec::new(),
+            news: Vec::new(),
             last_write: now,
             unmarked: true,
             last_checkpoint: now,
             checkpointed: 0,
             checkpointing: false,
             stopping: false,
-        };
-        let mut commands = Vec::new();
-        let mut news = Vec::new();
-        loop {
-            let bulk = self.shard.takes_bulk();
-            let limits = DrainLimits { bytes: TURN_BYTES, commands: TURN_COMMANDS, bulk };
-            let more = self.inbox.drain(limits, &mut commands, &mut news);
-            for news in news.drain(..) {
-                match &news {
-                    News::Stop => habits.stopping = true,
-                    News::Checkpointed { .. } => habits.checkpointing = false,
-                    _ => {}
-                }
-                self.shard.learn(news);
-            }
-            let now = self.clock.now();
-            if !commands.is_empty() || self.shard.is_due(now.monotonic_ms) {
-                let before = self.shard.written();
-                self.shard.turn(now, &mut commands);
-                for read in self.shard.take_reads() {
-                    self.reads.start(read);
-                }
-                if self.shard.written() != before {
-                    habits.last_write = Instant::now();
-                    habits.unmarked = true;
-                }
-                self.checkpoint_if_due(&mut habits);
-                continue;
-            }
-            if habits.stopping && !more {
-                break;
-            }
-            self.checkpoint_if_due(&mut habits);
-            self.mark_if_quiet(&mut habits);
-            if self.inbox.fall_asleep(bulk) {
-                thread::park_timeout(self.sleep(&habits));
-            }
+            alarm: now,
         }
-        self.finish(&habits);
     }
 
-    fn checkpoint_if_due(&mut self, habits: &mut Habits) {
+    /// Takes the turns of the shard on this thread until told to stop; then carries out what is queued, says in the journal
+    /// that the run ended cleanly, and makes a last checkpoint.
+    pub(crate) fn run(self, inbox: &Inbox) {
+        inbox.attach(self);
+        loop {
+            // Whoever finds the thread awake leaves the turns to it; so the seat is free while it sleeps, and only then.
+            let mut seat = inbox.seat();
+            let Some(runner) = seat.as_mut() else {
+                tracing::error!("a turn of the shard panicked; restart the broker");
+                return;
+            };
+            let after = runner.turn(inbox);
+            runner.checkpoint_if_due();
+            match after {
+                After::Turn => continue,
+                After::Sleep => runner.mark_if_quiet(),
+                After::End => break,
+            }
+            let sleep = runner.sleep();
+            runner.alarm = Instant::now() + sleep;
+            drop(seat);
+            thread::park_timeout(sleep);
+        }
+        let runner = inbox.seat().take();
+        if let Some(runner) = runner {
+            runner.finish(inbox);
+        }
+    }
+
+    /// Takes the turn of the sleeping thread, on another. False when the thread has to wake up all the same.
+    pub(crate) fn take_turn(&mut self, inbox: &Inbox) -> bool {
+        for _ in 0..OWN_TURNS {
+            match self.turn(inbox) {
+                After::Turn => {}
+                After::Sleep => {
+                    return !self.is_checkpoint_due() && self.alarm <= Instant::now() + self.sleep();
+                }
+                After::End => return false,
+            }
+        }
+        false
+    }
+
+    /// Drains the inbox, and carries out what was in it.
+    fn turn(&mut self, inbox: &Inbox) -> After {
+        let bulk = self.shard.takes_bulk();
+        let limits = DrainLimits { bytes: TURN_BYTES, commands: TURN_COMMANDS, bulk };
+        let more = inbox.drain(limits, &mut self.commands, &mut self.news);
+        for news in self.news.drain(..) {
+            match &news {
+                News::Stop => self.stopping = true,
+                News::Checkpointed { .. } => self.checkpointing = false,
+                _ => {}
+            }
+            self.shard.learn(news);
+        }
+        let now = self.clock.now();
+        if !self.commands.is_empty() || self.shard.is_due(now.monotonic_ms) {
+            let before = self.shard.written();
+            self.shard.turn(now, &mut self.commands);
+            for read in self.shard.take_reads() {
+                self.reads.start(read);
+            }
+            if self.shard.written() != before {
+                self.last_write = Instant::now();
+                self.unmarked = true;
+            }
+        } else if self.stopping && !more {
+            return After::End;
+        }
+        let busy = self.stopping || self.shard.is_due(self.clock.monotonic_ms());
+        if busy || !inbox.fall_asleep(self.shard.takes_bulk()) { After::Turn } else { After::Sleep }
+    }
+
+    fn is_checkpoint_due(&self) -> bool {
         let due = self.shard.journaled() >= self.options.journal_bytes
-            || habits.last_checkpoint.elapsed() >= self.options.interval;
-        if !due || habits.checkpointing || self.shard.read_only().is_some() {
+            || self.last_checkpoint.elapsed() >= self.options.interval;
+        due && !self.checkpointing && self.shard.read_only().is_none()
+    }
+
+    fn checkpoint_if_due(&mut self) {
+        if !self.is_checkpoint_due() {
             return;
         }
-        habits.last_checkpoint = Instant::now();
-        if self.shard.written() > habits.checkpointed {
-            habits.checkpointing = true;
-            habits.checkpointed = self.shard.written();
+        self.last_checkpoint = Instant::now();
+        if self.shard.written() > self.checkpointed {
+            self.checkpointing = true;
+            self.checkpointed = self.shard.written();
             let checkpoint = self.shard.checkpoint(self.clock.now());
             // A thread that has ended has said why; the shard is read-only then.
             let _ = self.checkpoints.send(checkpoint);
         }
     }
 
-    fn mark_if_quiet(&mut self, habits: &mut Habits) {
-        let quiet = habits.last_write.elapsed() >= MARK_AFTER;
-        if habits.unmarked && quiet && self.shard.is_synced() && self.shard.read_only().is_none() {
-            habits.unmarked = false;
+    fn mark_if_quiet(&mut self) {
+        let quiet = self.last_write.elapsed() >= MARK_AFTER;
+        if self.unmarked && quiet && self.shard.is_synced() && self.shard.read_only().is_none() {
+            self.unmarked = false;
             self.shard.mark();
         }
     }
 
-    fn sleep(&self, habits: &Habits) -> Duration {
+    fn sleep(&self) -> Duration {
         let mut sleep = LONGEST_SLEEP;
         if let Some(deadline) = self.shard.next_deadline() {
             sleep = sleep.min(self.clock.until(deadline));
         }
-        if habits.unmarked && self.shard.is_synced() {
-            sleep = sleep.min(MARK_AFTER.saturating_sub(habits.last_write.elapsed()));
+        if self.unmarked && self.shard.is_synced() {
+            sleep = sleep.min(MARK_AFTER.saturating_sub(self.last_write.elapsed()));
         }
         sleep.max(Duration::from_millis(1))
     }
 
-    fn finish(mut self, habits: &Habits) {
-        self.inbox.close();
-        self.inbox.clear();
+    fn finish(mut self, inbox: &Inbox) {
+        inbox.close();
+        inbox.clear();
         if self.shard.read_only().is_some() {
             return;
         }
         let now = self.clock.now();
         self.shard.stop(now);
-        if self.shard.written() > habits.checkpointed {
+        if self.shard.written() > self.checkpointed {
             let checkpoint = self.shard.checkpoint(now);
             let _ = self.checkpoints.send(checkpoint);
         }
