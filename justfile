@@ -10,7 +10,7 @@ ci:
 # The quick part of it, before a commit.
 check:
     cargo fmt --all --check
-    cargo clippy --workspace --all-targets -- -D warnings
+    cargo clippy --workspace --all-targets --all-features -- -D warnings
     cargo deny check --hide-inclusion-graph bans licenses sources
 
 # Formats everything.
@@ -33,10 +33,10 @@ serve *flags:
 orders *flags:
     cargo run --release -p order-flow -- {{ flags }}
 
-# Measures the broker and the machine; `just bench --quick W1` a part of it in seconds.
+# Measures the broker, peers and the machine; `just bench --quick W1 --peer felucca --peer redis` a part of it in seconds.
 bench *flags:
-    cargo build --release -p felucca-broker -p felucca-bench
-    cargo run --release -p felucca-bench -- run {{ flags }}
+    cargo build --release -p felucca-broker -p felucca-bench --features felucca-bench/peers
+    cargo run --release -p felucca-bench --features peers -- run {{ flags }}
 
 # The documentation of every crate, in a browser.
 doc:

@@ -134,14 +134,15 @@ fn version_in(text: &str) -> Option<String> {
     text.split_ascii_whitespace().find_map(plain)
 }
 
-/// Asking the program takes seconds; the folder of its main plugin is named after the version.
+/// Asking the program takes seconds. Debian names a folder after the version, a release its main plugin.
 fn rabbitmq_version(program: &Path) -> Option<String> {
-    let plugins = program.parent()?.parent()?.join("plugins");
-    let entries = std::fs::read_dir(plugins).ok()?;
-    entries.flatten().find_map(|entry| {
-        let name = entry.file_name().into_string().ok()?;
-        let version = name.strip_prefix("rabbit-")?;
-        Some(version.trim_end_matches(".ez").to_owned())
+    let home = program.parent()?.parent()?;
+    [("lib", "rabbitmq_server-"), ("plugins", "rabbit-")].into_iter().find_map(|(folder, prefix)| {
+        let entries = std::fs::read_dir(home.join(folder)).ok()?;
+        entries.flatten().find_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            Some(name.strip_prefix(prefix)?.trim_end_matches(".ez").to_owned())
+        })
     })
 }
 

@@ -1,6 +1,8 @@
 //! RabbitMQ's streams over their own protocol, one stream for each partition; the client publishes together what gathers.
 
 use std::net::SocketAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use bytes::Bytes;
@@ -8,7 +10,7 @@ use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{SelectAll, StreamExt, select_all};
 use rabbitmq_stream_client::error::ProducerPublishError;
 use rabbitmq_stream_client::types::{ByteCapacity, Message, OffsetSpecification};
-use rabbitmq_stream_client::{ConfirmationStatus, Consumer, Environment, NoDedup, Producer};
+use rabbitmq_stream_client::{Consumer, Environment, NoDedup, Producer};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Driver, Gathering, MOST_TOGETHER, Members, PendingBlock, Progress, RECORDS_IN_A_ROW, Topic};
@@ -16,6 +18,8 @@ use crate::workload::{Ack, Receive};
 
 /// Messages that the client sends together.
 const BATCH: usize = 1000;
+/// How long it waits for more of them: the least that its timer can do.
+const DELAY: Duration = Duration::from_millis(1);
 /// Nothing that is measured comes near it.
 const LARGEST_STREAM_GB: u64 = 64;
 
@@ -62,7 +66,7 @@ impl Driver for RabbitmqStream {
         let environment = environment(self.address).await?;
         let mut producers = Vec::new();
         for name in topic.parts() {
-            producers.push(environment.producer().batch_size(BATCH).build(&name).await?);
+            producers.push(environment.producer().batch_size(BATCH).batch_delay(DELAY).build(&name).await?);
         }
         Ok(StreamProducer { producers, sent: u64::from(index) * RECORDS_IN_A_ROW })
     }
@@ -93,10 +97,9 @@ impl Driver for RabbitmqStream {
     }
 }
 
-type Confirmed = Result<ConfirmationStatus, ProducerPublishError>;
-
-fn check(confirmed: Confirmed) -> anyhow::Result<()> {
-    ensure!(confirmed?.confirmed(), "a record was refused");
+/// Whether a record is there, or why that is not known.
+fn check(confirmed: Result<bool, ProducerPublishError>) -> anyhow::Result<()> {
+    ensure!(confirmed?, "a record was refused");
     Ok(())
 }
 
@@ -128,23 +131,29 @@ impl super::Producer for StreamProducer {
 
     async fn enqueue(&mut self, value: Bytes) -> anyhow::Result<Self::Pending> {
         let (waiting, pending) = oneshot::channel();
-        let confirm = move |confirmed| async move {
+        // The client could call more than once, as far as its types say.
+        let waiting = Mutex::new(Some(waiting));
+        let sent = self.next(1).send(message(&value), move |confirmed| {
+            let waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
             // A caller that has gone does not want to know.
-            let _gone = waiting.send(check(confirmed));
-        };
-        self.next(1).send(message(&value), confirm).await?;
+            let outcome = check(confirmed.map(|status| status.confirmed()));
+            let _gone = waiting.map(|waiting| waiting.send(outcome));
+            std::future::ready(())
+        });
+        sent.await?;
         Ok(async move { pending.await.context("the connection is gone")? }.boxed())
     }
 
     async fn enqueue_block(&mut self, values: &[Bytes]) -> anyhow::Result<PendingBlock> {
         let records = values.len();
         let (waiting, mut pending) = mpsc::unbounded_channel();
-        let confirm = move |confirmed| {
-            let _gone = waiting.send(check(confirmed));
-            std::future::ready(())
-        };
         let messages = values.iter().map(message).collect();
-        self.next((records as u64).max(RECORDS_IN_A_ROW)).batch_send(messages, confirm).await?;
+        let producer = self.next((records as u64).max(RECORDS_IN_A_ROW));
+        let sent = producer.batch_send(messages, move |confirmed| {
+            let _gone = waiting.send(check(confirmed.map(|status| status.confirmed())));
+            std::future::ready(())
+        });
+        sent.await?;
         let outcome = async move {
             for _ in 0..records {
                 pending.recv().await.context("the connection is gone")??;

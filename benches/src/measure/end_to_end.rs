@@ -53,13 +53,17 @@ pub(super) async fn measure<D: Driver>(
     let producer = driver.producer(&topic, 0, gathering).await?;
     let schedule = Schedule::new(Instant::now(), rate);
 
-    let mut sending = JoinSet::new();
+    let (mut sending, mut looking) = (JoinSet::new(), JoinSet::new());
     let (pending, acks) = mpsc::channel(MAX_PENDING);
     sending.spawn(send(producer, schedule, warm_up + measured, value(work.record_bytes), pending));
-    sending.spawn(look_at(acks));
+    looking.spawn(look_at(acks));
     let received = receive(session, consumer, schedule, warm_up, measured, work.record_bytes).await;
-    // Why records were not sent explains why they did not come.
-    join(sending).await?;
+    // Why records were not sent explains why they did not come. A producer that ends may take along what is not acknowledged.
+    let producers = join(sending).await?;
+    join(looking).await?;
+    for producer in producers {
+        producer.close().await?;
+    }
     let mut row = received?;
     row.rate = Some(rate);
     session.discard(&driver, &topic, &[]).await?;
@@ -83,14 +87,14 @@ async fn half<D: Driver>(session: &Session, work: &EndToEnd) -> anyhow::Result<u
     Ok((rate / 2.0) as u32)
 }
 
-/// Sends each record when it is due, or as soon after that as there is room.
+/// Sends each record when it is due, or as soon after that as there is room, and gives the producer back.
 async fn send<P: Producer>(
     mut producer: P,
     schedule: Schedule,
     records: u64,
     template: Bytes,
     pending: mpsc::Sender<P::Pending>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<P> {
     let timer = Timer::new()?;
     for index in 0..records {
         timer.wait_until(schedule.due(index)).await?;
@@ -99,7 +103,7 @@ async fn send<P: Producer>(
         let sent = producer.enqueue(value.freeze()).await?;
         pending.send(sent).await.ok().context("nobody looks at the acknowledgements any more")?;
     }
-    producer.close().await
+    Ok(producer)
 }
 
 async fn look_at<P: Future<Output = anyhow::Result<()>> + Unpin>(
