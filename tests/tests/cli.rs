@@ -216,6 +216,47 @@ fn a_group_goes_on_where_it_stopped() {
 }
 
 #[test]
+fn a_share_group_is_made_altered_kicked_and_shown_with_every_count() {
+    let shell = Shell::new();
+    shell.run("topic create orders").ok();
+    shell.run_with("produce orders", b"one\ntwo").ok();
+    let settings = "--config ordering=key --config max-failures=5 --config class.io.max-failures=3";
+    shell.run(&format!("group create pay --share --topic orders {settings}")).ok();
+    shell.run("group alter pay --config jitter=0 --config on-exhausted=hold --config lease=45s").ok();
+    shell.run("group alter pay --config jitter=2").refused(1, "from 0 to 1");
+    shell.run("group alter pay --config max-fails=2").refused(1, "max-failures");
+    let kicked = shell.run("group kick pay --topic orders --output json").ok().lines().remove(0);
+    assert_eq!((&kicked["group"], &kicked["records"]), (&"pay".into(), &0.into()));
+    shell.run("group kick pay --topic elsewhere").refused(1, "elsewhere");
+    let shown = shell.run("group describe pay --output json").ok().lines().remove(0);
+    let counts = [
+        ("lag", 2),
+        ("available", 2),
+        ("leased", 0),
+        ("scheduled", 0),
+        ("held", 0),
+        ("exhausted", 0),
+        ("parked", 0),
+        ("acked", 0),
+        ("dead_lettered", 0),
+        ("discarded", 0),
+        ("skipped", 0),
+        ("expired", 0),
+        ("deliveries", 0),
+        ("failures", 0),
+    ];
+    for (name, count) in counts {
+        assert_eq!(shown[name], count, "{name}");
+        assert!(shown["partitions"][0][name].is_u64(), "{name} of a partition");
+    }
+    assert!(shown["oldest_unsettled_ms"].is_u64() && shown["outage"].is_null());
+    for (key, value) in [("lease", "45s"), ("on-exhausted", "hold"), ("outage-guard", "on")] {
+        assert_eq!(shown["config"][key], value);
+    }
+    assert_eq!(shown["config"]["class.io.max-failures"], "3");
+}
+
+#[test]
 fn following_shows_new_records_and_ends_well_on_a_signal() {
     let shell = Shell::new();
     shell.run("topic create orders").ok();
