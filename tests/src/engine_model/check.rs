@@ -98,7 +98,8 @@ impl World {
             let open = takers.iter().filter(|held| !held.contains(&true)).count();
             let probing = share.guard.probing.as_ref();
             let quiet = probing.is_some_and(|probing| {
-                probing.not_before_ms > self.now.monotonic_ms || share.live_leases() >= probing.limit as usize
+                probing.not_before_ms > self.now.monotonic_ms
+                    || share.leases_since(probing.since_ms) >= probing.limit as usize
             });
             // For what is to be alone, one of them may be kept waiting.
             let waiting = share.parts.values().flat_map(|part| part.records.values());

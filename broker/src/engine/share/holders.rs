@@ -13,36 +13,27 @@ pub(crate) struct Holding {
 
 #[derive(Debug, Default)]
 pub(crate) struct Holders {
-    total: u64,
     by_member: BTreeMap<Arc<str>, Holding>,
 }
 
 impl Holders {
-    /// Leases of the whole group.
-    pub(crate) fn total(&self) -> u64 {
-        self.total
-    }
-
     pub(crate) fn of(&self, member: &str) -> Holding {
         self.by_member.get(member).copied().unwrap_or_default()
     }
 
     pub(crate) fn granted(&mut self, member: &Arc<str>, alone: bool) {
-        self.total += 1;
         let holding = self.by_member.entry(member.clone()).or_default();
         holding.leases += 1;
         holding.alone |= alone;
     }
 
-    /// A lease of the member ended. Answers whether it holds nothing now.
-    pub(crate) fn ended(&mut self, member: &str) -> bool {
-        let Some(holding) = self.by_member.get_mut(member) else { return true };
-        self.total -= 1;
-        holding.leases -= 1;
-        let free = holding.leases == 0;
-        if free {
-            self.by_member.remove(member);
+    /// A lease of the member ended.
+    pub(crate) fn ended(&mut self, member: &str) {
+        if let Some(holding) = self.by_member.get_mut(member) {
+            holding.leases -= 1;
+            if holding.leases == 0 {
+                self.by_member.remove(member);
+            }
         }
-        free
     }
 }

@@ -25,6 +25,8 @@ pub(crate) struct Outage {
     /// The newest outcome in the lowest bit; a set bit failed.
     window: u128,
     on: Option<Probing>,
+    /// Live leases that were granted since it is on. Derived.
+    probes: u32,
     /// Something is to be journaled.
     changed: bool,
 }
@@ -37,12 +39,21 @@ struct Probing {
     failed: u32,
     pause_ms: u64,
     not_before_ms: u64,
+    /// When it came on. No probe is granted in that millisecond.
+    since_ms: u64,
 }
 
 impl Probing {
     fn first(config: &ShareConfig, now_ms: u64) -> Self {
         let pause_ms = config.backoff_initial_ms.clamp(SHORTEST_PAUSE_MS, LONGEST_PAUSE_MS);
-        Self { limit: 1, succeeded: 0, failed: 0, pause_ms, not_before_ms: now_ms + pause_ms }
+        Self {
+            limit: 1,
+            succeeded: 0,
+            failed: 0,
+            pause_ms,
+            not_before_ms: now_ms + pause_ms,
+            since_ms: now_ms,
+        }
     }
 }
 
@@ -53,6 +64,35 @@ fn mostly_failed(failed: u32, of: u32) -> bool {
 impl Outage {
     pub(crate) fn is_on(&self) -> bool {
         self.on.is_some()
+    }
+
+    /// Leases that may be granted now: what was leased before the outage does not stand in the way of a probe.
+    pub(crate) fn room(&self, now_ms: u64) -> usize {
+        match &self.on {
+            None => usize::MAX,
+            Some(probing) if probing.not_before_ms > now_ms => 0,
+            Some(probing) => probing.limit.saturating_sub(self.probes) as usize,
+        }
+    }
+
+    /// A lease was granted.
+    pub(crate) fn granted(&mut self) {
+        self.probes += u32::from(self.is_on());
+    }
+
+    /// A lease that was granted at `granted_ms` ended.
+    pub(crate) fn ended(&mut self, granted_ms: u64) {
+        if self.on.is_some_and(|probing| granted_ms > probing.since_ms) {
+            // Not counted during replay, which ends leases too when a group is moved.
+            self.probes = self.probes.saturating_sub(1);
+        }
+    }
+
+    /// Counts the probes anew, among the times at which the live leases were granted.
+    pub(crate) fn recount(&mut self, granted_ms: impl Iterator<Item = u64>) {
+        let since_ms = self.on.map_or(u64::MAX, |probing| probing.since_ms);
+        // Never more than the highest limit.
+        self.probes = granted_ms.filter(|granted_ms| *granted_ms > since_ms).count() as u32;
     }
 
     /// Leases that may be live at a time; none while the guard is off.
@@ -81,6 +121,7 @@ impl Outage {
             // A success turns nothing on, also when the window became shorter meanwhile; it would not be journaled.
             if failed && mostly_failed(self.failed(config), config.outage_window) {
                 self.on = Some(Probing::first(config, now_ms));
+                self.probes = 0;
             }
             return;
         };
@@ -101,8 +142,10 @@ impl Outage {
         } else if probing.limit >= LAST_LIMIT {
             (self.on, self.window) = (None, 0);
         } else {
-            *probing = Probing { limit: probing.limit * 2, ..Probing::first(config, now_ms) };
-            probing.not_before_ms = now_ms;
+            let (limit, since_ms) = (probing.limit * 2, probing.since_ms);
+            // A success of what was leased before may come in the millisecond in which the guard came on.
+            let not_before_ms = now_ms.max(since_ms + 1);
+            *probing = Probing { limit, since_ms, not_before_ms, ..Probing::first(config, now_ms) };
         }
     }
 
@@ -126,8 +169,8 @@ impl Outage {
     }
 
     pub(crate) fn to_row(&self, group: &str) -> OutageRow {
-        let probing =
-            self.on.unwrap_or(Probing { limit: 0, succeeded: 0, failed: 0, pause_ms: 0, not_before_ms: 0 });
+        let off = Probing { limit: 0, succeeded: 0, failed: 0, pause_ms: 0, not_before_ms: 0, since_ms: 0 };
+        let probing = self.on.unwrap_or(off);
         OutageRow {
             group: group.to_owned(),
             // The halves of the window.
@@ -138,6 +181,7 @@ impl Outage {
             failed: probing.failed,
             pause_ms: probing.pause_ms,
             not_before_ms: probing.not_before_ms,
+            since_ms: probing.since_ms,
         }
     }
 
@@ -148,10 +192,12 @@ impl Outage {
             failed: row.failed,
             pause_ms: row.pause_ms,
             not_before_ms: row.not_before_ms,
+            since_ms: row.since_ms,
         };
         Self {
             window: u128::from(row.window_high) << 64 | u128::from(row.window_low),
             on: (row.limit > 0).then_some(on),
+            probes: 0,
             changed: false,
         }
     }
@@ -235,6 +281,14 @@ mod tests {
         assert!(!outage.is_on());
         outage.note(true, &narrow, 0);
         assert!(outage.is_on());
+    }
+
+    #[test]
+    fn no_probe_is_granted_in_the_millisecond_in_which_it_came_on() {
+        let config = ShareConfig::default();
+        let mut outage = down(&config);
+        outage.note(false, &config, 0);
+        assert_eq!((outage.limit(), outage.room(0), outage.room(1)), (Some(2), 0, 2));
     }
 
     #[test]

@@ -14,6 +14,8 @@ pub(crate) struct Probing {
     round: Vec<bool>,
     pause_ms: u64,
     pub(crate) not_before_ms: u64,
+    /// When it came on.
+    pub(crate) since_ms: u64,
 }
 
 /// The settings that it goes by.
@@ -43,7 +45,8 @@ impl Guard {
             if failed && most_failed(&self.outcomes[last..], law.window) {
                 let pause_ms = law.initial_ms.clamp(10, 10_000);
                 let not_before_ms = now_ms + pause_ms;
-                self.probing = Some(Probing { limit: 1, round: Vec::new(), pause_ms, not_before_ms });
+                self.probing =
+                    Some(Probing { limit: 1, round: Vec::new(), pause_ms, not_before_ms, since_ms: now_ms });
             }
             return;
         };
@@ -63,7 +66,7 @@ impl Guard {
         } else {
             probing.limit *= 2;
             probing.pause_ms = law.initial_ms.clamp(10, 10_000);
-            probing.not_before_ms = now_ms;
+            probing.not_before_ms = now_ms.max(probing.since_ms + 1);
         }
     }
 }

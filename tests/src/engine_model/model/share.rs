@@ -230,9 +230,11 @@ impl Share {
         held.map(|record| record.alone).collect()
     }
 
-    pub(crate) fn live_leases(&self) -> usize {
+    /// Live leases that were granted after this time.
+    pub(crate) fn leases_since(&self, since_ms: u64) -> usize {
         let records = self.parts.values().flat_map(|part| part.records.values());
-        records.filter(|record| record.lease_deadline().is_some()).count()
+        let since = |state| matches!(state, State::Leased { granted_ms, .. } if granted_ms > since_ms);
+        records.filter(|record| since(record.state)).count()
     }
 }
 
@@ -304,7 +306,7 @@ impl Model {
         );
         if let Some(probing) = &share.guard.probing {
             assert!(probing.not_before_ms <= at.now_ms, "a probe before its time: {}", context());
-            let live = share.live_leases();
+            let live = share.leases_since(probing.since_ms);
             assert!(live < probing.limit as usize, "{live} leases and one more probe: {}", context());
         }
         match before.map(|record| record.state) {

@@ -93,22 +93,12 @@ impl ShareGroup {
         }
     }
 
-    /// Leases that may be granted now, as far as the outage guard goes.
-    fn room(&self, now_ms: u64) -> usize {
-        let outage = &self.ledger.outage;
-        match outage.limit() {
-            None => usize::MAX,
-            Some(_) if outage.not_before().is_some_and(|at| at > now_ms) => 0,
-            Some(limit) => (limit as usize).saturating_sub(self.ledger.holders.total() as usize),
-        }
-    }
-
     /// Hands out, each to one member, as long as there are members with credit. Answers whether anything came of it.
     fn grant_ready(&mut self, stage: &mut Stage<'_>) -> bool {
         let mut progress = false;
         while let Some(key) = next_after(&self.ready, self.last_partition) {
             let Some(id) = next_after(&self.takers, self.last_subscription) else { break };
-            if self.room(stage.now.monotonic_ms) == 0 {
+            if self.ledger.outage.room(stage.now.monotonic_ms) == 0 {
                 break;
             }
             self.last_partition = Some(key);
@@ -125,7 +115,7 @@ impl ShareGroup {
     fn grant_alone(&mut self, stage: &mut Stage<'_>) {
         while let Some(key) = next_after(&self.alone, self.last_alone) {
             let Some(id) = self.free_taker() else { break };
-            if self.room(stage.now.monotonic_ms) == 0 {
+            if self.ledger.outage.room(stage.now.monotonic_ms) == 0 {
                 break;
             }
             self.last_alone = Some(key);
@@ -195,7 +185,7 @@ impl ShareGroup {
     /// Grants one member its share of what is ready on one partition, or one record `alone`. Answers whether more is ready
     /// there.
     fn grant(&mut self, stage: &mut Stage<'_>, key: PartitionKey, id: SubscriptionId, alone: bool) -> bool {
-        let room = self.room(stage.now.monotonic_ms);
+        let room = self.ledger.outage.room(stage.now.monotonic_ms);
         let Some(partition) = self.partitions.get_mut(&key) else { return false };
         let Some(subscription) = self.subscriptions.get_mut(&id) else { return false };
         let leases = partition.state.leases().len() as u64;
@@ -241,6 +231,7 @@ impl ShareGroup {
                 },
             );
             self.ledger.holders.granted(&subscription.member, alone);
+            self.ledger.outage.granted();
             partition.queue.leased(ready.offset, deadline_ms);
             let (deliveries, failures) = partition.state.attempts(ready.offset);
             records.push(DeliveredRecord { offset: ready.offset, deliveries, failures });

@@ -131,6 +131,7 @@ impl ShareGroup {
         if let Some(partition) = self.partitions.remove(key) {
             for lease in partition.state.leases().values() {
                 self.ledger.holders.ended(&lease.member);
+                self.ledger.outage.ended(lease.granted_ms);
             }
         }
         self.ready.remove(key);
@@ -185,6 +186,8 @@ impl ShareGroup {
                 self.ledger.holders.granted(&lease.member, alone);
             }
         }
+        let leases = self.partitions.values().flat_map(|partition| partition.state.leases().values());
+        self.ledger.outage.recount(leases.map(|lease| lease.granted_ms));
     }
 
     /// The group was moved on a partition, or its order changed, in the frame `lsn`.
@@ -382,6 +385,7 @@ impl SharePartition {
         match self.state.lease(offset) {
             Some(lease) => {
                 ledger.holders.ended(&lease.member);
+                ledger.outage.ended(lease.granted_ms);
                 self.queue.lease_ended(offset, lease.deadline_ms);
                 lease.slot
             }

@@ -1,7 +1,7 @@
 //! The outage guard, as a group has it: see `share::outage` for its law.
 
 use crate::engine::Engine;
-use crate::engine::command::{FailureDetail, LeaseRef, Outcome};
+use crate::engine::command::{FailureDetail, LeaseRef, Outcome, SeekTo};
 use crate::engine::config::EngineSettings;
 use crate::engine::effect::Effects;
 use crate::engine::testing::{Bench, reject};
@@ -81,6 +81,18 @@ fn it_probes_with_one_record_at_a_time_and_pauses_between() {
     assert!(bench.offsets().is_empty());
     bench.advance(1);
     assert_eq!(bench.offsets().len(), 1);
+}
+
+#[test]
+fn what_was_leased_before_does_not_stand_in_the_way_of_a_probe() {
+    let (mut bench, leases) = started(&CONFIG, 12);
+    bench.settle_all("a", &leases[1..], &failed());
+    assert_eq!(bench.counts().leased, 1);
+    bench.advance(200);
+    assert_eq!(bench.offsets().len(), 1);
+    bench.settle("a", leases[0], Outcome::Release);
+    bench.advance(1_000);
+    assert!(bench.offsets().is_empty(), "the probe is still out");
 }
 
 #[test]
@@ -168,4 +180,16 @@ fn it_survives_a_crash_and_a_checkpoint() {
     bench.engine.boot(bench.now, bench.lsn, "machine", &mut out);
     bench.end_turn(out);
     assert_eq!(bench.describe().outage.map(|outage| outage.limit), Some(1));
+}
+
+#[test]
+fn a_move_while_it_is_on_is_replayed() {
+    let mut bench = down(20);
+    bench.advance(200);
+    assert_eq!(bench.offsets().len(), 1);
+    bench.seek(SeekTo::Beginning);
+    bench.reopen();
+    bench.subscribe(2, "a", 100);
+    bench.advance(200);
+    assert_eq!(bench.offsets().len(), 1);
 }
