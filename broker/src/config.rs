@@ -153,6 +153,11 @@ pub static KEYS: &[Key] = &[
         Kind::Bytes(|s| &mut s.tail_cache_bytes, ByteSize::mib(1), ByteSize::gib(64)),
         "Memory for the most recent batches",
     ),
+    key(
+        "share-state-bytes",
+        Kind::Bytes(|s| &mut s.share_state_bytes, ByteSize::mib(1), ByteSize::gib(1024)),
+        "Memory for the state of all share groups before new records are handed out a few at a time",
+    ),
     key("open-files", Kind::Count(|s| &mut s.open_files, 16, 1_000_000), "Segment files held open"),
     key(
         "checkpoint.interval",
@@ -190,6 +195,11 @@ pub static KEYS: &[Key] = &[
         "limits.exceptions",
         Kind::Limit(|s| &mut s.limits.exceptions, 1, 100_000_000),
         "Scheduled, held and returned records of one share group on one partition",
+    ),
+    key(
+        "limits.span",
+        Kind::Limit(|s| &mut s.limits.span, 1, 10_000_000_000),
+        "Offsets that a share group looks beyond its first undecided one on a partition",
     ),
 ];
 

@@ -191,6 +191,9 @@ fn storage_options(settings: &ServerSettings) -> StorageOptions {
             max_producers_per_partition: limits.producers_per_partition,
             max_leases: limits.leases,
             max_exceptions: limits.exceptions,
+            max_span: limits.span,
+            share_state_bytes: settings.share_state_bytes.0,
+            ..EngineSettings::default()
         },
         journal: JournalOptions {
             first_file_bytes: settings.journal.first_file_bytes.0,

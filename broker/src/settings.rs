@@ -62,6 +62,8 @@ pub struct ServerSettings {
     pub unwritten_bytes: ByteSize,
     /// Memory for the most recent batches of all partitions, so that readers near the end need no disk.
     pub tail_cache_bytes: ByteSize,
+    /// Memory for the state of all share groups; when it is spent, new records are handed out a few at a time.
+    pub share_state_bytes: ByteSize,
     /// Segment files held open.
     pub open_files: u32,
     pub checkpoint: CheckpointSettings,
@@ -110,6 +112,8 @@ pub struct Limits {
     pub leases: u64,
     /// Scheduled, held and returned records of one share group on one partition.
     pub exceptions: u64,
+    /// Offsets between the first undecided one of a share group on a partition and the last that it looks at.
+    pub span: u64,
 }
 
 impl Default for ServerSettings {
@@ -142,6 +146,7 @@ impl Default for ServerSettings {
             segment: SegmentSettings { bytes: ByteSize::mib(256) },
             unwritten_bytes: ByteSize::mib(64),
             tail_cache_bytes: ByteSize::mib(64),
+            share_state_bytes: ByteSize::gib(1),
             open_files: 1024,
             checkpoint: CheckpointSettings {
                 interval: Duration::from_mins(1),
@@ -155,6 +160,7 @@ impl Default for ServerSettings {
                 producers_per_partition: 10_000,
                 leases: 100_000,
                 exceptions: 2_000_000,
+                span: 1 << 30,
             },
         }
     }

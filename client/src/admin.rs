@@ -5,7 +5,7 @@ use felucca_protocol::{Api, message};
 
 pub use felucca_protocol::message::{
     DeadLetterTopic, DescribeGroupReply as GroupDescription, GroupKind, GroupListing, GroupMember,
-    GroupOutage, GroupPartition, PartitionOffsets, RedriveTarget, TopicKind,
+    GroupOutage, GroupPartition, PartitionOffsets, RedriveTarget, ShareAlarm, TopicKind,
 };
 
 use crate::client::Client;

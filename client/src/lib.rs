@@ -60,7 +60,8 @@ mod testing;
 
 pub use admin::{
     Admin, CommittedOffset, DeadLetterTopic, GroupDescription, GroupKind, GroupListing, GroupMember,
-    GroupOutage, GroupPartition, PartitionOffsets, RedriveTarget, Redriven, SeekTo, Topic, TopicKind,
+    GroupOutage, GroupPartition, PartitionOffsets, RedriveTarget, Redriven, SeekTo, ShareAlarm, Topic,
+    TopicKind,
 };
 pub use client::{Client, ClientBuilder};
 pub use consumer::{Consumer, ConsumerBuilder, Start};

@@ -2,6 +2,7 @@
 
 pub mod engine_model;
 pub mod process;
+pub mod share_bounds;
 
 /// Compiles the example in README.md.
 #[cfg(doctest)]

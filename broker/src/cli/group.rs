@@ -1,9 +1,9 @@
 //! `felucca group`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use clap::Subcommand;
-use felucca_client::{Client, GroupDescription, GroupKind, GroupListing, SeekTo};
+use felucca_client::{Client, GroupDescription, GroupKind, GroupListing, SeekTo, ShareAlarm};
 use serde::Serialize;
 
 use super::output::{Column, Format, or_dash, print_json, print_line, print_table, show_millis};
@@ -136,6 +136,9 @@ struct Totals {
     expired: u64,
     deliveries: u64,
     failures: u64,
+    /// Limits that some partition has reached.
+    alarms: BTreeSet<&'static str>,
+    memory_bytes: u64,
 }
 
 #[derive(Serialize)]
@@ -167,6 +170,18 @@ struct Partition<'a> {
     expired: u64,
     deliveries: u64,
     failures: u64,
+    alarms: Vec<&'static str>,
+    memory_bytes: u64,
+}
+
+fn alarm(alarm: ShareAlarm) -> &'static str {
+    match alarm {
+        ShareAlarm::Leases => "leases",
+        ShareAlarm::Exceptions => "exceptions",
+        ShareAlarm::Span => "span",
+        ShareAlarm::Memory => "memory",
+        ShareAlarm::Unknown => "unknown",
+    }
 }
 
 fn kind(kind: GroupKind) -> &'static str {
@@ -297,6 +312,8 @@ impl<'a> Shown<'a> {
             totals.expired += one.expired;
             totals.deliveries += one.deliveries;
             totals.failures += one.failures;
+            totals.alarms.extend(one.alarms().map(alarm));
+            totals.memory_bytes += one.memory_bytes;
         }
         let members = group.members.iter().map(|member| Member {
             member: &member.member_id,
@@ -324,6 +341,8 @@ impl<'a> Shown<'a> {
             expired: one.expired,
             deliveries: one.deliveries,
             failures: one.failures,
+            alarms: one.alarms().map(alarm).collect(),
+            memory_bytes: one.memory_bytes,
         });
         // The broker has them by topic id.
         let mut partitions: Vec<_> = partitions.collect();
@@ -356,6 +375,9 @@ fn describe(group: &GroupDescription, format: Format) -> anyhow::Result<()> {
     if let Some(outage) = &shown.outage {
         let (limit, next) = (outage.limit, show_millis(outage.next_probe_ms));
         print_line(&format!("outage {limit} leases at a time, next probe in {next}"))?;
+    }
+    for alarm in &shown.totals.alarms {
+        print_line(&format!("ALARM  {alarm}: the limit is reached, new records wait"))?;
     }
     for (key, value) in &shown.config {
         print_line(&format!("config {key}={value}"))?;

@@ -26,6 +26,13 @@ pub struct EngineSettings {
     pub max_leases: u64,
     /// Returned records (scheduled, held, …) of one group on one partition; at the limit no new records are handed out.
     pub max_exceptions: u64,
+    /// Offsets from the first undecided one of a group on a partition to the last one that is looked at; at the limit no new
+    /// records are looked for.
+    pub max_span: u64,
+    /// Memory of all share groups together, in bytes; when it is spent only a few new records per partition are handed out.
+    pub share_state_bytes: u64,
+    /// Offsets of one key slot that a share group keeps behind the one that is worked on; the others are read again.
+    pub max_parked_per_slot: usize,
 }
 
 impl Default for EngineSettings {
@@ -40,6 +47,9 @@ impl Default for EngineSettings {
             max_producers_per_partition: 10_000,
             max_leases: 100_000,
             max_exceptions: 2_000_000,
+            max_span: 1 << 30,
+            share_state_bytes: 1 << 30,
+            max_parked_per_slot: 1024,
         }
     }
 }

@@ -120,6 +120,20 @@ pub struct GroupMemberInfo {
     pub leased: u64,
 }
 
+/// A limit that a share group has reached on a partition: nothing new is handed out there until there is room again, what
+/// came back is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShareAlarm {
+    /// Live leases.
+    Leases,
+    /// Scheduled, held and returned records.
+    Exceptions,
+    /// Offsets between the first undecided one and the last that was looked at.
+    Span,
+    /// Memory of all share groups together.
+    Memory,
+}
+
 /// Counts of one group on one partition; the listener adds log start, and the oldest record's age from the log.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GroupPartitionInfo {
@@ -146,6 +160,10 @@ pub struct GroupPartitionInfo {
     pub expired: u64,
     pub deliveries: u64,
     pub failures: u64,
+    /// Limits that are reached.
+    pub alarms: Vec<ShareAlarm>,
+    /// Memory that the group takes here, roughly, in bytes.
+    pub memory_bytes: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -245,7 +245,10 @@ impl Engine {
         let config = ShareConfig::default().with(&from_entries(&row.config));
         let config = config.map_err(|error| CorruptState(error.to_string()))?;
         let topics = row.topic_ids.iter().map(|id| topic_id(id)).collect::<Result<Vec<_>, _>>()?;
-        let mut group = ShareGroup::new(row.group.as_str().into(), config, topics, row.paused, row.hidden);
+        let mut group = {
+            let budget = self.desk.budget.clone();
+            ShareGroup::new(row.group.as_str().into(), config, topics, row.paused, row.hidden, budget)
+        };
         if let Some(outage) = &row.outage {
             group.ledger.outage = Outage::from_row(outage);
         }
@@ -278,6 +281,7 @@ impl Engine {
                 topic.share_groups.remove(&name);
             }
         }
+        self.note_awake(&name);
         self.desk.dirty.insert(RowKey::Group(name));
         Ok(())
     }
@@ -292,6 +296,7 @@ impl Engine {
                     topic.share_groups.remove(&group.name);
                 }
             }
+            self.note_awake(name);
             self.desk.dirty.insert(RowKey::Group(group.name));
         }
         if let Some((name, _)) = self.consumers.remove_entry(name) {

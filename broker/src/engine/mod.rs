@@ -46,11 +46,16 @@ use event::{Booted, EpochStarted, Event, MetaRow, Stopped, event::Kind};
 use partition::Partition;
 use prost::Message;
 use share::ShareGroup;
+use share::acks::OpenAcks;
+use share::budget::Budget;
 use stage::{RowKey, Stage, TimerKey, Timers};
-use types::{Level, Lsn, Now, PartitionKey, RequestId, SubscriptionId};
+use types::{Level, Lsn, Now, PartitionKey, RequestId, SubscriptionId, TopicId};
+
+/// Leases that end and records that are due in one turn: about so many changes fit well into one frame.
+const DUE_PER_TURN: usize = 16_384;
 
 /// What steps of every kind share, apart from the topics and groups themselves.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Desk {
     timers: Timers,
     dirty: BTreeSet<RowKey>,
@@ -64,9 +69,37 @@ struct Desk {
     session_timeout_ms: u64,
     max_leases: u64,
     max_exceptions: u64,
+    max_span: u64,
+    /// Memory of share groups.
+    budget: Budget,
+    /// Share groups that could go on if the budget were not spent.
+    starved: BTreeSet<Arc<str>>,
+    /// Share partitions in which a key waits for a settlement to be synced.
+    uncommitted: BTreeSet<(Arc<str>, PartitionKey)>,
+    acks: OpenAcks,
 }
 
 impl Desk {
+    fn new(settings: &EngineSettings) -> Self {
+        Self {
+            timers: Timers::new(),
+            dirty: BTreeSet::new(),
+            pump: BTreeSet::new(),
+            high_watermarks: BTreeMap::new(),
+            boot_epoch: 0,
+            next_sequence: 0,
+            steps: 0,
+            session_timeout_ms: u64::try_from(settings.session_timeout.as_millis()).unwrap_or(u64::MAX / 2),
+            max_leases: settings.max_leases,
+            max_exceptions: settings.max_exceptions,
+            max_span: settings.max_span,
+            budget: Budget::new(settings.share_state_bytes, settings.max_parked_per_slot),
+            starved: BTreeSet::new(),
+            uncommitted: BTreeSet::new(),
+            acks: OpenAcks::default(),
+        }
+    }
+
     fn stage<'a>(&'a mut self, now: Now, lsn: Lsn, out: &'a mut Effects) -> Stage<'a> {
         Stage {
             now,
@@ -81,6 +114,10 @@ impl Desk {
             session_timeout_ms: self.session_timeout_ms,
             max_leases: self.max_leases,
             max_exceptions: self.max_exceptions,
+            max_span: self.max_span,
+            starved: &mut self.starved,
+            uncommitted: &mut self.uncommitted,
+            acks: &mut self.acks,
         }
     }
 }
@@ -111,6 +148,8 @@ pub struct Engine {
     groups: BTreeMap<Arc<str>, ShareGroup>,
     consumers: BTreeMap<Arc<str>, ConsumerGroup>,
     subscriptions: BTreeMap<SubscriptionId, Arc<str>>,
+    /// Share groups with subscriptions, by topic: the others need not be told of new records.
+    awake: BTreeMap<TopicId, BTreeSet<Arc<str>>>,
     meta: MetaRow,
     desk: Desk,
     /// High watermarks to come: (frame, partition, end), for each level in the order of frames.
@@ -118,20 +157,12 @@ pub struct Engine {
     unsynced: VecDeque<(Lsn, PartitionKey, u64)>,
     /// Ceilings that were raised and are not synced yet, in the order of frames.
     ceilings: VecDeque<(Lsn, PartitionKey, u64)>,
-    /// Share partitions in which a key waits for a settlement to be synced.
-    uncommitted: BTreeSet<(Arc<str>, PartitionKey)>,
 }
 
 impl Engine {
     /// An engine with no topics. Restore rows, replay frames, then [`Engine::boot`].
     pub fn new(settings: EngineSettings) -> Self {
-        let millis = u64::try_from(settings.session_timeout.as_millis()).unwrap_or(u64::MAX / 2);
-        let desk = Desk {
-            session_timeout_ms: millis,
-            max_leases: settings.max_leases,
-            max_exceptions: settings.max_exceptions,
-            ..Desk::default()
-        };
+        let desk = Desk::new(&settings);
         Self {
             settings,
             catalog: Catalog::default(),
@@ -139,12 +170,12 @@ impl Engine {
             groups: BTreeMap::new(),
             consumers: BTreeMap::new(),
             subscriptions: BTreeMap::new(),
+            awake: BTreeMap::new(),
             meta: MetaRow::default(),
             desk,
             unwritten: VecDeque::new(),
             unsynced: VecDeque::new(),
             ceilings: VecDeque::new(),
-            uncommitted: BTreeSet::new(),
         }
     }
 
@@ -177,7 +208,7 @@ impl Engine {
     }
 
     /// Name of a topic, for the headers of a dead letter.
-    pub fn topic_name(&self, topic: &types::TopicId) -> Option<&str> {
+    pub fn topic_name(&self, topic: &TopicId) -> Option<&str> {
         self.catalog.get(topic).map(|topic| &*topic.name)
     }
 
@@ -339,17 +370,16 @@ impl Engine {
             Command::Complete { group, member, record, outputs } => {
                 self.complete(now, lsn, &group, &member, &record, outputs, out)
             }
-            Command::Scanned { group, partition, from, next, records } => {
-                let log_start = self.partitions.get(&partition).map_or(0, |partition| partition.log_start);
+            Command::Scanned { group, partition, from, begun, next, records } => {
                 if let Some(group) = self.groups.get_mut(group.as_str()) {
                     let mut stage = self.desk.stage(now, lsn, out);
-                    group.scanned(&mut stage, partition, log_start, from, next, &records);
+                    group.scanned(&mut stage, partition, from, begun, next, &records);
                 }
                 Ok(Reply::Done)
             }
-            Command::ScanFailed { group, partition, from: _, reason: _ } => {
+            Command::ScanFailed { group, partition, from, reason: _ } => {
                 if let Some(group) = self.groups.get_mut(group.as_str()) {
-                    group.scan_failed(&mut self.desk.stage(now, lsn, out), partition);
+                    group.scan_failed(&mut self.desk.stage(now, lsn, out), partition, from);
                 }
                 Ok(Reply::Done)
             }
@@ -371,12 +401,10 @@ impl Engine {
                 queue.pop_front();
                 if let Some(high_watermark) = self.desk.high_watermarks.get_mut(&key) {
                     *high_watermark = (*high_watermark).max(end);
-                    if let Some(topic) = self.catalog.get(&key.topic) {
-                        for name in &topic.share_groups {
-                            if let Some(group) = self.groups.get_mut(name) {
-                                group.advanced(key);
-                                self.desk.pump.insert(name.clone());
-                            }
+                    for name in self.awake.get(&key.topic).into_iter().flatten() {
+                        if let Some(group) = self.groups.get_mut(name) {
+                            group.advanced(key);
+                            self.desk.pump.insert(name.clone());
                         }
                     }
                 }
@@ -390,37 +418,45 @@ impl Engine {
                 partition.covered = ceiling;
             }
         }
-        let waiting = std::mem::take(&mut self.uncommitted);
-        for (name, key) in waiting {
-            let Some(group) = self.groups.get_mut(&name) else { continue };
-            if group.committed(&mut self.desk.stage(now, lsn, out), key, synced) {
-                self.uncommitted.insert((name, key));
+        for (name, key) in std::mem::take(&mut self.desk.uncommitted) {
+            if let Some(group) = self.groups.get_mut(&name) {
+                group.committed(&mut self.desk.stage(now, lsn, out), key, synced);
             }
         }
     }
 
     /// Fires what is due.
     pub fn tick(&mut self, now: Now, lsn: Lsn, out: &mut Effects) {
-        while let Some((at, _)) = self.desk.timers.first()
-            && *at <= now.monotonic_ms
-            && let Some((at, timer)) = self.desk.timers.pop_first()
+        let mut due = Vec::new();
+        while self.desk.timers.first().is_some_and(|(at, _)| *at <= now.monotonic_ms) {
+            due.extend(self.desk.timers.pop_first());
+        }
+        let mut due = due.into_iter();
+        let mut records = 0;
+        // What has more to do sets its timer anew, for the next turn.
+        while records < DUE_PER_TURN
+            && let Some((at, timer)) = due.next()
         {
             match timer {
                 TimerKey::Share(name, key) => {
                     if let Some(group) = self.groups.get_mut(&name) {
-                        group.partition_timer(&mut self.desk.stage(now, lsn, out), key, at);
-                        self.uncommitted.insert((name, key));
+                        records += group.partition_timer(&mut self.desk.stage(now, lsn, out), key, at);
                     }
                 }
                 TimerKey::Outage(name) => {
                     self.desk.pump.insert(name);
                 }
+                TimerKey::Forget(name) => {
+                    if let Some(group) = self.groups.get_mut(&name) {
+                        group.forget(&mut self.desk.stage(now, lsn, out));
+                    }
+                }
                 TimerKey::Session(name, member) => {
                     if let Some(group) = self.groups.get_mut(&name) {
                         let already_ended = out.ended.len();
-                        group.session_timer(&mut self.desk.stage(now, lsn, out), &member);
+                        records += group.session_timer(&mut self.desk.stage(now, lsn, out), &member);
                         self.forget_ended(out, already_ended);
-                        self.watch_commits(&name);
+                        self.note_awake(&name);
                     }
                 }
                 TimerKey::ConsumerSession(name, member) => {
@@ -428,16 +464,51 @@ impl Engine {
                 }
             }
         }
+        self.desk.timers.extend(due);
     }
 
     /// Ends a turn: hands out to share members what became ready during it.
     pub fn finish(&mut self, now: Now, lsn: Lsn, out: &mut Effects) {
         // A checkpoint must know the time of the last frame that it stands for, also of one without commands.
         self.meta.monotonic_ms = now.monotonic_ms;
+        if !self.desk.starved.is_empty() && !self.desk.budget.is_spent() {
+            for name in std::mem::take(&mut self.desk.starved) {
+                if let Some(group) = self.groups.get_mut(&name) {
+                    group.look_again();
+                    self.desk.pump.insert(name);
+                }
+            }
+        }
         while let Some(name) = self.desk.pump.pop_first() {
             if let Some(group) = self.groups.get_mut(&name) {
                 group.pump(&mut self.desk.stage(now, lsn, out));
             }
+        }
+    }
+
+    /// Subscriptions of a share group came or went, or its topics changed.
+    fn note_awake(&mut self, name: &str) {
+        let Some(group) = self.groups.get_mut(name) else {
+            self.awake.values_mut().for_each(|awake| {
+                awake.remove(name);
+            });
+            return;
+        };
+        let is_awake = group.subscriptions().next().is_some();
+        let mut woke = false;
+        for topic in &group.topics {
+            let awake = self.awake.entry(*topic).or_default();
+            if is_awake {
+                woke |= awake.insert(group.name.clone());
+            } else {
+                awake.remove(name);
+            }
+            if awake.is_empty() {
+                self.awake.remove(topic);
+            }
+        }
+        if woke {
+            group.look_again();
         }
     }
 
@@ -469,15 +540,6 @@ impl Engine {
         match &group.corrupt {
             None => Ok(group),
             Some(reason) => Err(EngineError::GroupCorrupt { group: name.to_owned(), reason: reason.clone() }),
-        }
-    }
-
-    /// Notes the partitions of a group in which keys may wait for a commit.
-    fn watch_commits(&mut self, name: &Arc<str>) {
-        if let Some(group) = self.groups.get(name) {
-            let waiting =
-                group.partitions().iter().filter(|(_, partition)| partition.queue.waits_for_commit());
-            self.uncommitted.extend(waiting.map(|(key, _)| (name.clone(), *key)));
         }
     }
 }

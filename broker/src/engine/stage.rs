@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::effect::Effects;
 use super::event::{Event, event::Kind};
+use super::share::acks::OpenAcks;
 use super::types::{LeaseId, Lsn, Now, PartitionKey, TopicId};
 
 /// A row of the checkpoint. Its bytes, as a key, are in `checkpoint.rs`.
@@ -28,6 +29,8 @@ pub(crate) enum TimerKey {
     Share(Arc<str>, PartitionKey),
     /// The next probe of a share group whose outage guard is on.
     Outage(Arc<str>),
+    /// How leases of a share group ended is forgotten some time.
+    Forget(Arc<str>),
     /// A share member's session.
     Session(Arc<str>, Arc<str>),
     /// A consumer-group member's session.
@@ -52,6 +55,12 @@ pub(crate) struct Stage<'a> {
     pub(crate) session_timeout_ms: u64,
     pub(crate) max_leases: u64,
     pub(crate) max_exceptions: u64,
+    pub(crate) max_span: u64,
+    /// Share groups that could go on if the budget of memory were not spent.
+    pub(crate) starved: &'a mut BTreeSet<Arc<str>>,
+    /// Share partitions in which a key waits for a settlement to be synced.
+    pub(crate) uncommitted: &'a mut BTreeSet<(Arc<str>, PartitionKey)>,
+    pub(crate) acks: &'a mut OpenAcks,
 }
 
 impl Stage<'_> {

@@ -28,7 +28,8 @@ pub(crate) fn scanned(scan: &Scan, scanned: Scanned) -> Command {
     Command::Scanned {
         group: scan.group.clone(),
         partition: scan.partition,
-        from: scanned.from,
+        from: scan.from,
+        begun: scanned.from,
         next: scanned.next,
         records: scanned.records,
     }

@@ -13,6 +13,9 @@ use super::model::topics::Kind;
 use super::promises::Fact;
 use super::world::{Fate, World};
 
+/// Records that a partition may have leased or returned while the budget of memory is spent.
+const TRICKLE: u64 = 16;
+
 impl World {
     /// An exhausted record's dead letter is asked for: once at a time, with the right counts and reason.
     pub(crate) fn check_letter_read(&mut self, read: &DeadLetterRead) {
@@ -108,7 +111,7 @@ impl World {
                 let leases = part.records.values().filter(|r| r.lease_deadline().is_some()).count() as u64;
                 let returned = part.records.values().filter(|r| r.returned && !r.is_settled()).count() as u64;
                 let room = leases < self.settings.max_leases;
-                let room_for_new = returned < self.settings.max_exceptions;
+                let room_for_new = self.has_room_for_new(leases, returned);
                 let log = &self.model.logs[key];
                 for offset in part.unsettled(log, self.live.must_show(key)) {
                     let state = part.records.get(&offset).map(|record| record.state);
@@ -132,6 +135,12 @@ impl World {
                 }
             }
         }
+    }
+
+    /// Whether a group with so many leased and so many returned records on a partition is given new ones there.
+    pub(crate) fn has_room_for_new(&self, leased: u64, returned: u64) -> bool {
+        let is_spent = self.settings.share_state_bytes <= 1;
+        returned < self.settings.max_exceptions && !(is_spent && leased + returned >= TRICKLE)
     }
 
     /// The engine's next timer is no later than the first thing that must happen.

@@ -188,7 +188,7 @@ impl World {
                 }
                 left.append(&mut again);
                 // A table full of what is stuck takes in nothing new.
-                if stuck < self.settings.max_exceptions {
+                if self.has_room_for_new(0, stuck) {
                     left.append(&mut new);
                 }
             }

@@ -72,6 +72,8 @@ fn play(seed: u64, turns: u64, trace: Trace) {
         max_groups: [4, 10_000][usize::from(rng.chance(85))],
         max_members_per_group: [2, 10_000][usize::from(rng.chance(85))],
         max_producers_per_partition: [2, 10_000][usize::from(rng.chance(85))],
+        max_parked_per_slot: [1, 2, 1_000][rng.below(3) as usize],
+        share_state_bytes: [1, 1 << 30][usize::from(rng.chance(85))],
         ..EngineSettings::default()
     };
     let weights = Weights::draw(&mut rng);

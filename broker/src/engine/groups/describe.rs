@@ -113,6 +113,8 @@ impl Engine {
                 expired: counts.expired,
                 deliveries: counts.deliveries,
                 failures: counts.failures,
+                alarms: partition.alarms(&self.settings),
+                memory_bytes: partition.memory(),
             })
         });
         GroupDescription {

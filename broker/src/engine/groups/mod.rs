@@ -126,11 +126,11 @@ impl Engine {
         }
         if reordered && let Some(group) = self.groups.get_mut(name) {
             group.rebuild();
-            group.wait_for(lsn, |_| true);
-            group.settle_in(&mut self.desk.stage(now, lsn, out));
+            let mut stage = self.desk.stage(now, lsn, out);
+            group.wait_for(&mut stage, |_| true);
+            group.settle_in(&mut stage);
             // Everything is to be scanned again.
             self.desk.pump.insert(name.into());
-            self.watch_commits(&name.into());
         }
         Ok(Reply::Done)
     }
@@ -258,14 +258,13 @@ impl Engine {
         let was_corrupt = self.groups.get(name).is_some_and(|group| group.corrupt.is_some());
         self.check_ends(name);
         if let Some(group) = self.groups.get_mut(name) {
-            group.wait_for(lsn, |key| resolved.iter().any(|(moved, _)| moved == key));
+            let mut stage = self.desk.stage(now, lsn, out);
+            group.wait_for(&mut stage, |key| resolved.iter().any(|(moved, _)| moved == key));
             if was_corrupt {
-                let mut stage = self.desk.stage(now, lsn, out);
                 group.adopt_members(&mut stage);
                 group.settle_in(&mut stage);
             }
         }
-        self.watch_commits(&name.into());
         self.desk.pump.insert(name.into());
         Ok(Reply::Done)
     }

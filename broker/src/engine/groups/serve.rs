@@ -36,7 +36,7 @@ impl Engine {
             group.subscribe(&mut self.desk.stage(now, lsn, out), id, member, credit, held);
         }
         self.subscriptions.insert(id, name.clone());
-        self.watch_commits(&name);
+        self.note_awake(&name);
         self.desk.pump.insert(name);
         Ok(Reply::Done)
     }
@@ -54,6 +54,7 @@ impl Engine {
             && let Some(group) = self.groups.get_mut(&name)
         {
             group.unsubscribe(id);
+            self.note_awake(&name);
         }
     }
 
@@ -91,7 +92,6 @@ impl Engine {
             return Err(EngineError::UnknownGroup(name.to_owned()));
         };
         let results = group.settle(&mut self.desk.stage(now, lsn, out), member, settlements);
-        self.watch_commits(&group_name);
         Ok(Reply::Settled(results))
     }
 
@@ -131,7 +131,6 @@ impl Engine {
             Ok(status) => status,
         };
         group.ack(&mut stage, record);
-        self.watch_commits(&group_name);
         let base_offsets = outputs
             .into_iter()
             .map(|output| self.append_checked(lsn, output.partition, output.batch, out).0)
@@ -176,6 +175,5 @@ impl Engine {
         if let Some(group) = self.groups.get_mut(&name) {
             group.letter_done(&mut self.desk.stage(now, lsn, out), key, offset, held);
         }
-        self.watch_commits(&name);
     }
 }

@@ -1,9 +1,14 @@
 //! Share groups: consuming a topic as a queue, record by record, with leases, retries and dead letters.
 //!
-//! [`state`] is the fold of events and knows what became of each record; [`queue`] derives from it what may be handed out;
+//! [`state`] is the fold of events and knows what became of each record; [`queue`] derives from it what may be handed out,
+//! with [`chains`] for the order of keys and [`deadlines`] for what is due; [`budget`] bounds the memory of all of it;
 //! [`settle`] decides what a settlement does (the reply table), for repetitions with the help of [`recent`]; [`holders`]
 //! counts who holds what and [`outage`] tells when all fail; [`group`] ties them to members, credit and timers.
 
+pub(crate) mod acks;
+pub(crate) mod budget;
+pub(crate) mod chains;
+pub(crate) mod deadlines;
 pub(crate) mod group;
 pub(crate) mod holders;
 pub(crate) mod outage;

@@ -1,23 +1,25 @@
 //! What of a partition may be handed out next in one share group. Derived state: never journaled, rebuilt after a start from
 //! [`ShareState`] and by scanning the log upward from `low`.
 //!
-//! In key-ordered mode the unsettled offsets of a key slot form a *chain*; only its head may be ready, and after the head was
-//! settled the next one only when that settlement has reached the group's commit level (rule R5): until then the slot is
-//! *blocked*. The others of a chain are *parked*. Records without a key, and all records in unordered mode, are in no chain.
+//! In key-ordered mode the unsettled offsets of a key slot form a chain, and only its head may be ready: see [`Chains`].
+//! Records without a key, and all records in unordered mode, are in no chain. There is one reading of the log at a time:
+//! upward from `scan_next`, or again of a piece below it whose records the chains had no room for; when both are wanted
+//! they take turns.
 //!
 //! Nothing at or above `scan_next` is ready, so a returned record cannot overtake an older one of its key that the scan has
 //! not met yet.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 
+use super::budget::Budget;
+use super::chains::{Chains, Known};
+use super::deadlines::Deadlines;
 use super::state::{ExceptionState, ShareState};
 use crate::engine::command::ScannedRecord;
 use crate::engine::types::Lsn;
 
 /// Scanned but not handed out: below half of it the log is scanned on.
 pub(crate) const LOOKAHEAD: usize = 4096;
-/// Parked offsets at which scanning pauses until some key is freed.
-pub(crate) const MAX_PARKED: usize = 1_000_000;
 /// Dead letters of one partition that are being made at a time.
 const MAX_LETTERS_IN_FLIGHT: usize = 32;
 
@@ -28,27 +30,42 @@ pub(crate) struct Ready {
     pub(crate) size: u32,
 }
 
-#[derive(Debug, Default)]
+/// A reading of the log that is under way, or wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Reading {
+    pub(crate) from: u64,
+    pub(crate) until: u64,
+    /// Below `scan_next`, for records that the chains had no room for.
+    again: bool,
+}
+
+/// What a reading of the log says of offsets that hold no record, as (first, count).
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Gaps {
+    /// Never held one, or not since compaction.
+    pub(crate) skipped: Vec<(u64, u64)>,
+    /// Held one that the log lost before it was ever handed out.
+    pub(crate) expired: Vec<(u64, u64)>,
+}
+
+#[derive(Debug)]
 pub(crate) struct Queue {
     ordered: bool,
     /// Everything below was scanned.
     scan_next: u64,
-    scan_in_flight: bool,
+    reading: Option<Reading>,
+    /// The last reading was one of what had been scanned before.
+    read_again_last: bool,
     /// After a failed read.
     scan_not_before_ms: u64,
-    new: BTreeMap<u64, (Option<u16>, u32)>,
+    new: VecDeque<Ready>,
     returned: BTreeSet<u64>,
     /// Returned and to be granted alone.
     alone: BTreeSet<u64>,
-    chains: BTreeMap<u16, BTreeMap<u64, u32>>,
-    /// Offsets in chains.
-    chained: usize,
-    blocked: BTreeMap<u16, Lsn>,
-    freed: VecDeque<(Lsn, u16)>,
+    chains: Chains,
     /// The group was moved or its order changed in this frame: nothing is handed out before it has reached the commit level.
     barrier: Option<Lsn>,
-    /// (time, offset): lease deadlines and due times; an entry that no longer holds is passed over.
-    timers: BTreeSet<(u64, u64)>,
+    deadlines: Deadlines,
     letters: BTreeSet<u64>,
     letters_in_flight: BTreeSet<u64>,
     take_returned_next: bool,
@@ -58,16 +75,30 @@ pub(crate) struct Queue {
 
 impl Queue {
     /// The queue of a state as it stands, with nothing scanned.
-    pub(crate) fn rebuild(state: &ShareState, ordered: bool) -> Self {
-        let mut queue = Self { ordered, scan_next: state.low(), ..Self::default() };
+    pub(crate) fn rebuild(state: &ShareState, ordered: bool, budget: &Budget) -> Self {
+        let mut queue = Self {
+            ordered,
+            scan_next: state.low(),
+            reading: None,
+            read_again_last: false,
+            scan_not_before_ms: 0,
+            new: VecDeque::new(),
+            returned: BTreeSet::new(),
+            alone: BTreeSet::new(),
+            chains: Chains::new(budget.slot_parked()),
+            barrier: None,
+            deadlines: Deadlines::default(),
+            letters: BTreeSet::new(),
+            letters_in_flight: BTreeSet::new(),
+            take_returned_next: false,
+            last_returned: 0,
+        };
         for (&offset, lease) in state.leases() {
-            queue.timers.insert((lease.deadline_ms, offset));
+            queue.deadlines.leased([offset].into_iter(), lease.deadline_ms);
         }
         for (&offset, exception) in state.exceptions() {
             match exception.state {
-                ExceptionState::Scheduled { due_ms } => {
-                    queue.timers.insert((due_ms, offset));
-                }
+                ExceptionState::Scheduled { due_ms } => queue.deadlines.scheduled(state, offset, due_ms),
                 ExceptionState::Exhausted => {
                     queue.letters.insert(offset);
                 }
@@ -100,35 +131,47 @@ impl Queue {
         self.new.len() + self.returned.len()
     }
 
-    /// Records waiting behind an older one of their key.
+    /// Records known to wait behind an older one of their key: those that are kept.
     pub(crate) fn parked(&self) -> u64 {
-        (self.chained - self.chains.len()) as u64
+        self.chains.parked()
     }
 
     pub(crate) fn next_timer(&self) -> Option<u64> {
-        self.timers.first().map(|(at, _)| *at)
+        self.deadlines.next()
+    }
+
+    /// Bytes of memory, roughly.
+    pub(crate) fn memory(&self) -> u64 {
+        let sets = self.returned.len() + self.alone.len() + self.letters.len() + self.letters_in_flight.len();
+        let own = sets * 16 + self.new.capacity() * size_of::<Ready>();
+        own as u64 + self.chains.memory() + self.deadlines.memory()
     }
 
     // ---- Scanning ----
 
-    /// Where to scan from, when it is time to: nothing in flight and little left to hand out.
-    pub(crate) fn wants_scan(&mut self, state: &ShareState, high_watermark: u64, now_ms: u64) -> Option<u64> {
-        if self.scan_in_flight
-            || self.new.len() >= LOOKAHEAD / 2
-            || self.chained >= MAX_PARKED
-            || now_ms < self.scan_not_before_ms
-        {
+    /// Everything below was scanned.
+    pub(crate) fn scan_next(&self) -> u64 {
+        self.scan_next
+    }
+
+    /// What to read, when it is time to: nothing under way and little left to hand out. New records are looked for below
+    /// `end` only.
+    pub(crate) fn wants_reading(&mut self, state: &ShareState, end: u64, now_ms: u64) -> Option<Reading> {
+        if self.reading.is_some() || self.new.len() >= LOOKAHEAD / 2 || now_ms < self.scan_not_before_ms {
             return None;
         }
-        let from = state.next_unsettled(self.scan_next).min(high_watermark);
+        let from = state.next_unsettled(self.scan_next).min(end);
         self.scan_next = self.scan_next.max(from);
-        (self.scan_next < high_watermark).then_some(self.scan_next)
+        let on = (self.scan_next < end).then_some(Reading { from: self.scan_next, until: end, again: false });
+        let again = self.chains.wants_again();
+        let again = again.map(|from| Reading { from, until: self.scan_next, again: true });
+        if self.read_again_last { on.or(again) } else { again.or(on) }
     }
 
     /// Settlements after a restart can move `low` past what was not scanned yet: below it only exceptions are unsettled, and
-    /// they are known. A scan in flight meets them itself.
+    /// they are known. A scan under way meets them itself.
     pub(crate) fn catch_up(&mut self, state: &ShareState) {
-        if self.scan_in_flight || self.scan_next >= state.low() {
+        if self.reading.is_some() || self.scan_next >= state.low() {
             return;
         }
         for (&offset, exception) in state.exceptions().range(self.scan_next..state.low()) {
@@ -137,69 +180,106 @@ impl Queue {
         self.scan_next = state.low();
     }
 
-    pub(crate) fn scan_started(&mut self) {
-        self.scan_in_flight = true;
+    pub(crate) fn reading_started(&mut self, reading: Reading) {
+        self.reading = Some(reading);
+        self.read_again_last = reading.again;
     }
 
-    pub(crate) fn scan_failed(&mut self, retry_at_ms: u64) {
-        self.scan_in_flight = false;
+    pub(crate) fn reading_failed(&mut self, from: u64, retry_at_ms: u64) {
+        if self.reading.is_none_or(|reading| reading.from != from) {
+            // The group was moved meanwhile.
+            return;
+        }
+        self.reading = None;
         self.scan_not_before_ms = retry_at_ms;
-        self.timers.insert((retry_at_ms, u64::MAX));
+        self.deadlines.scan_again(retry_at_ms);
     }
 
-    /// Takes in what a scan found. Returns the ranges (first, count) that hold no record and must be skipped.
+    /// Takes in what a reading from `from` found up to `next`. The log has nothing below `begun` any more, which is `from`
+    /// unless records were lost there. Answers what the caller must settle, as of the frame `lsn`.
     pub(crate) fn scanned(
         &mut self,
         state: &ShareState,
         from: u64,
+        begun: u64,
         next: u64,
         records: &[ScannedRecord],
-    ) -> Vec<(u64, u64)> {
-        if from != self.scan_next || !self.scan_in_flight {
+        lsn: Lsn,
+    ) -> Gaps {
+        let mut gaps = Gaps::default();
+        let Some(reading) = self.reading.filter(|reading| reading.from == from) else {
             // The group was moved meanwhile.
-            return Vec::new();
+            return gaps;
+        };
+        self.reading = None;
+        if begun > from {
+            // Also what had been scanned below and not handed out cannot be read any more.
+            push_gap(&mut gaps.expired, state, state.low(), begun);
+            let is_kept = |offset| state.lease(offset).is_some() || state.exception(offset).is_some();
+            self.new.retain(|ready| ready.offset >= begun);
+            self.chains.expire(begun, lsn, is_kept);
         }
-        self.scan_in_flight = false;
-        let mut missing = Vec::new();
-        let mut expected = from;
+        // What came back is known, whether the log still has it or not.
+        let returned = state.exceptions().range(from..begun.max(from)).map(|(offset, exception)| {
+            ScannedRecord { offset: *offset, slot: exception.slot, size: exception.size }
+        });
+        if reading.again {
+            let unsettled = records.iter().copied().filter(|record| !state.is_settled(record.offset));
+            let chained = returned.chain(unsettled).filter_map(|record| {
+                record.slot.map(|slot| (slot, Known { offset: record.offset, size: record.size }))
+            });
+            for slot in self.chains.readmit(from, next, self.scan_next, chained) {
+                self.free(state, slot);
+            }
+            return gaps;
+        }
+        for record in returned {
+            self.admit(state, record.offset, record.slot, record.size);
+        }
+        let mut expected = begun;
         for record in records {
-            push_gap(&mut missing, state, expected, record.offset);
+            push_gap(&mut gaps.skipped, state, expected, record.offset);
             expected = record.offset + 1;
             self.scan_next = expected;
             if !state.is_settled(record.offset) {
                 self.admit(state, record.offset, record.slot, record.size);
             }
         }
-        push_gap(&mut missing, state, expected, next);
-        self.scan_next = next;
-        missing
+        push_gap(&mut gaps.skipped, state, expected, next);
+        self.scan_next = self.scan_next.max(next);
+        gaps
     }
 
     /// Takes in one unsettled record.
     fn admit(&mut self, state: &ShareState, offset: u64, slot: Option<u16>, size: u32) {
         match slot.filter(|_| self.ordered) {
             Some(slot) => {
-                let chain = self.chains.entry(slot).or_default();
-                if chain.insert(offset, size).is_none() {
-                    self.chained += 1;
-                }
-                if chain.len() == 1 && !self.blocked.contains_key(&slot) {
-                    self.make_ready(state, offset, Some(slot), size);
+                if self.chains.admit(slot, Known { offset, size }) {
+                    self.free(state, slot);
                 }
             }
-            None => self.make_ready(state, offset, slot, size),
+            None => self.make_ready(state, Ready { offset, slot, size }),
         }
     }
 
-    fn make_ready(&mut self, state: &ShareState, offset: u64, slot: Option<u16>, size: u32) {
-        match state.exception(offset) {
+    /// The slot may go on, if it has a head.
+    fn free(&mut self, state: &ShareState, slot: u16) {
+        let Some(head) = self.chains.free_head(slot) else { return };
+        self.make_ready(state, Ready { offset: head.offset, slot: Some(slot), size: head.size });
+    }
+
+    fn make_ready(&mut self, state: &ShareState, ready: Ready) {
+        match state.exception(ready.offset) {
             Some(exception) if exception.state == ExceptionState::Available => {
-                let ready = if exception.alone { &mut self.alone } else { &mut self.returned };
-                ready.insert(offset);
+                let queue = if exception.alone { &mut self.alone } else { &mut self.returned };
+                queue.insert(ready.offset);
             }
             Some(_) => {}
-            None if state.lease(offset).is_none() => {
-                self.new.insert(offset, (slot, size));
+            None if state.lease(ready.offset).is_none() => {
+                let again = ready.slot.filter(|_| self.ordered).is_some_and(|slot| !self.chains.list(slot));
+                if !again {
+                    self.new.push_back(ready);
+                }
             }
             None => {}
         }
@@ -222,7 +302,11 @@ impl Queue {
         if !allow_new {
             return None;
         }
-        self.new.pop_first().map(|(offset, (slot, size))| Ready { offset, slot, size })
+        let ready = self.new.pop_front();
+        if self.new.is_empty() && self.new.capacity() > LOOKAHEAD {
+            self.new = VecDeque::new();
+        }
+        ready
     }
 
     /// Takes one record that is to be leased alone.
@@ -237,35 +321,27 @@ impl Queue {
         None
     }
 
-    pub(crate) fn leased(&mut self, offset: u64, deadline_ms: u64) {
-        self.timers.insert((deadline_ms, offset));
+    pub(crate) fn leased(&mut self, offsets: impl Iterator<Item = u64>, deadline_ms: u64) {
+        self.deadlines.leased(offsets, deadline_ms);
     }
 
-    pub(crate) fn lease_ended(&mut self, offset: u64, deadline_ms: u64) {
-        self.timers.remove(&(deadline_ms, offset));
+    pub(crate) fn lease_ended(&mut self, state: &ShareState, deadline_ms: u64) {
+        self.deadlines.lease_ended(state, deadline_ms);
     }
 
     // ---- After an event was applied ----
 
     /// The record was settled in the frame `lsn`.
     pub(crate) fn settled(&mut self, offset: u64, slot: Option<u16>, lsn: Lsn) {
-        self.new.remove(&offset);
-        self.returned.remove(&offset);
-        self.alone.remove(&offset);
-        self.letters.remove(&offset);
-        self.letters_in_flight.remove(&offset);
-        let Some(slot) = slot.filter(|_| self.ordered) else { return };
-        if let Some(chain) = self.chains.get_mut(&slot) {
-            if chain.remove(&offset).is_some() {
-                self.chained -= 1;
-            }
-            if chain.is_empty() {
-                self.chains.remove(&slot);
+        // What is new was never leased, and is settled by being handed out first.
+        for set in [&mut self.returned, &mut self.alone, &mut self.letters, &mut self.letters_in_flight] {
+            if !set.is_empty() {
+                set.remove(&offset);
             }
         }
-        // Also when nothing of the slot was scanned yet, as after a restart: its next record must wait none the less.
-        self.blocked.insert(slot, lsn);
-        self.freed.push_back((lsn, slot));
+        if let Some(slot) = slot.filter(|_| self.ordered) {
+            self.chains.settled(slot, offset, lsn);
+        }
     }
 
     /// The record came back and may be tried again at once.
@@ -274,21 +350,13 @@ impl Queue {
             // The scan will meet it.
             return;
         }
-        let head = match slot.filter(|_| self.ordered) {
-            Some(slot) => {
-                !self.blocked.contains_key(&slot)
-                    && self.chains.get(&slot).and_then(|chain| chain.first_key_value()).map(|(head, _)| *head)
-                        == Some(offset)
-            }
-            None => true,
-        };
-        if head {
-            self.make_ready(state, offset, slot, 0);
+        if slot.filter(|_| self.ordered).is_none_or(|slot| self.chains.may_go(slot, offset)) {
+            self.make_ready(state, Ready { offset, slot, size: 0 });
         }
     }
 
-    pub(crate) fn scheduled(&mut self, offset: u64, due_ms: u64) {
-        self.timers.insert((due_ms, offset));
+    pub(crate) fn scheduled(&mut self, state: &ShareState, offset: u64, due_ms: u64) {
+        self.deadlines.scheduled(state, offset, due_ms);
     }
 
     pub(crate) fn exhausted(&mut self, offset: u64) {
@@ -318,39 +386,18 @@ impl Queue {
     /// The settlements of frames up to `committed` have reached the group's commit level: their keys are free.
     pub(crate) fn committed(&mut self, state: &ShareState, committed: Lsn) {
         self.barrier = self.barrier.filter(|lsn| *lsn > committed);
-        while let Some(&(lsn, slot)) = self.freed.front() {
-            if lsn > committed {
-                break;
-            }
-            self.freed.pop_front();
-            if self.blocked.get(&slot).is_none_or(|blocking| *blocking > committed) {
-                continue;
-            }
-            self.blocked.remove(&slot);
-            let head = self.chains.get(&slot).and_then(|chain| chain.first_key_value());
-            if let Some((&offset, &size)) = head {
-                self.make_ready(state, offset, Some(slot), size);
-            }
+        while let Some(slot) = self.chains.next_free(committed) {
+            self.free(state, slot);
         }
     }
 
     pub(crate) fn waits_for_commit(&self) -> bool {
-        !self.freed.is_empty() || self.barrier.is_some()
+        self.chains.waits_for_commit() || self.barrier.is_some()
     }
 
     /// Takes the offsets whose time has come; the caller looks at what they are now.
     pub(crate) fn take_due(&mut self, now_ms: u64, limit: usize) -> Vec<u64> {
-        let mut due = Vec::new();
-        while due.len() < limit
-            && let Some(&(at, offset)) = self.timers.first()
-            && at <= now_ms
-        {
-            self.timers.pop_first();
-            if offset != u64::MAX {
-                due.push(offset);
-            }
-        }
-        due
+        self.deadlines.take_due(now_ms, limit)
     }
 }
 

@@ -66,7 +66,28 @@ impl Recent {
         last.ends.entry(lease.boot_epoch).or_default()[settled_as as usize].insert(lease.sequence);
     }
 
-    fn forget(&mut self, now_ms: u64) {
+    /// When the oldest of them may be forgotten, in milliseconds of uptime.
+    pub(crate) fn forget_at(&self) -> Option<u64> {
+        self.generations.front().map(|oldest| oldest.last_ms + RECENT_AGE_MS)
+    }
+
+    /// Bytes of memory, at the worst.
+    pub(crate) fn memory(&self) -> u64 {
+        2 * self.count + 512 * self.generations.len() as u64
+    }
+
+    /// Forgets the oldest of them before their time, as long as a tenth of the usual number is left.
+    pub(crate) fn forget_some(&mut self) {
+        if let Some(oldest) = self.generations.front()
+            && self.count - oldest.count >= RECENT_COUNT / GENERATIONS
+        {
+            self.count -= oldest.count;
+            self.generations.pop_front();
+        }
+    }
+
+    /// Forgets what is too old.
+    pub(crate) fn forget(&mut self, now_ms: u64) {
         while let Some(oldest) = self.generations.front()
             && (oldest.last_ms + RECENT_AGE_MS <= now_ms || self.count - oldest.count >= RECENT_COUNT)
         {

@@ -150,6 +150,7 @@ pub(crate) struct ShareState {
     /// First undecided offset.
     low: u64,
     settled: RoaringTreemap,
+    settled_len: u64,
     exceptions: BTreeMap<u64, Exception>,
     leases: BTreeMap<u64, Lease>,
     counts: ShareCounts,
@@ -158,6 +159,8 @@ pub(crate) struct ShareState {
     scheduled: u64,
     held: u64,
     exhausted: u64,
+    /// Class, reason and detail of all exceptions.
+    text_bytes: u64,
 }
 
 impl ShareState {
@@ -165,6 +168,8 @@ impl ShareState {
         Self {
             low: start,
             settled: RoaringTreemap::new(),
+            settled_len: 0,
+            text_bytes: 0,
             exceptions: BTreeMap::new(),
             leases: BTreeMap::new(),
             counts: ShareCounts::default(),
@@ -208,6 +213,17 @@ impl ShareState {
         &self.exceptions
     }
 
+    /// Bytes of memory, roughly: a tree's nodes are half full when it is filled in order, and a bitmap takes at most two bytes for an offset and a
+    /// bit for each between the first and the last. A lease counts as what it becomes when it fails, so that failures never
+    /// take more than was there.
+    pub(crate) fn memory(&self) -> u64 {
+        let leases = self.leases.len() * (size_of::<(u64, Exception)>() * 2);
+        let exceptions = self.exceptions.len() * (size_of::<(u64, Exception)>() * 2);
+        let span = self.settled.max().map_or(0, |last| last - self.low);
+        let settled = (2 * self.settled_len).min(span / 8) + (span >> 16) * 32;
+        (leases + exceptions) as u64 + self.text_bytes + settled
+    }
+
     pub(crate) fn lease(&self, offset: u64) -> Option<&Lease> {
         self.leases.get(&offset)
     }
@@ -228,7 +244,7 @@ impl ShareState {
     /// Records in `low..end` that are not settled, and the exceptions below `low`.
     pub(crate) fn unsettled(&self, end: u64) -> u64 {
         let below = self.exceptions.range(..self.low).count() as u64;
-        end.saturating_sub(self.low).saturating_sub(self.settled.len()) + below
+        end.saturating_sub(self.low).saturating_sub(self.settled_len) + below
     }
 
     /// The oldest record that is not settled, below `end`.
@@ -373,6 +389,7 @@ impl ShareState {
             }
             _ => exception.state = ExceptionState::Available,
         }
+        self.text_bytes += exception.text_bytes();
         self.exceptions.insert(offset, exception);
         self.advance_low();
         ended
@@ -403,6 +420,7 @@ impl ShareState {
 
     fn remove_exception(&mut self, offset: u64) -> Option<Exception> {
         let exception = self.exceptions.remove(&offset)?;
+        self.text_bytes -= exception.text_bytes();
         match exception.state {
             ExceptionState::Scheduled { .. } => self.scheduled -= 1,
             ExceptionState::Held => self.held -= 1,
@@ -415,12 +433,15 @@ impl ShareState {
     /// Settles offsets that hold no record; none of them is leased or listed. `expired`: they held one that nobody was given.
     pub(crate) fn skip(&mut self, first: u64, end: u64, expired: bool) {
         let count = if first <= self.low {
-            let count = end.saturating_sub(self.low);
-            self.settled.remove_range(self.low..end);
+            let known = self.settled.remove_range(self.low..end);
+            let count = end.saturating_sub(self.low) - known;
+            self.settled_len -= known;
             self.low = self.low.max(end);
             count
         } else {
-            self.settled.insert_range(first..end)
+            let count = self.settled.insert_range(first..end);
+            self.settled_len += count;
+            count
         };
         *(if expired { &mut self.counts.expired } else { &mut self.counts.skipped }) += count;
         self.advance_low();
@@ -431,15 +452,15 @@ impl ShareState {
             self.low += 1;
             self.advance_low();
         } else if offset > self.low {
-            self.settled.insert(offset);
+            self.settled_len += u64::from(self.settled.insert(offset));
         }
     }
 
     fn advance_low(&mut self) {
         loop {
-            if !self.settled.is_empty() {
+            if self.settled_len > 0 {
                 let free = first_absent(&self.settled, self.low);
-                self.settled.remove_range(self.low..free);
+                self.settled_len -= self.settled.remove_range(self.low..free);
                 self.low = free;
             }
             if !self.exceptions.contains_key(&self.low) {
@@ -475,6 +496,7 @@ impl ShareState {
         let mut state = Self::new(row.low, fence);
         state.settled = RoaringTreemap::deserialize_from(row.settled.as_slice())
             .map_err(|error| format!("settled offsets of group {:?}: {error}", row.group))?;
+        state.settled_len = state.settled.len();
         state.counts = row.counts.unwrap_or_default();
         for exception in &row.exceptions {
             let value = Exception::from_row(exception);
@@ -484,6 +506,7 @@ impl ShareState {
                 ExceptionState::Exhausted => state.exhausted += 1,
                 ExceptionState::Available | ExceptionState::Leased => {}
             }
+            state.text_bytes += value.text_bytes();
             state.exceptions.insert(exception.offset, value);
         }
         for lease in &row.leases {
@@ -523,6 +546,10 @@ pub(crate) fn slot_from_stored(stored: u32) -> Option<u16> {
 }
 
 impl Exception {
+    fn text_bytes(&self) -> u64 {
+        (self.class.len() + self.reason.len() + self.detail.len()) as u64
+    }
+
     /// How its last lease ended, once it has.
     pub(crate) fn settled_as(&self) -> Option<SettledAs> {
         match self.cause {

@@ -10,7 +10,7 @@ use crate::broker::BrokerError;
 use crate::engine::command::{FailureDetail, LeaseRef, Outcome, Settlement};
 use crate::engine::effect::{
     Appended, DeadLetterInfo, GroupDescription, GroupKind, GroupListing, RecordState, Reply, SettleResult,
-    SettleStatus, TopicInfo, TopicKind,
+    SettleStatus, ShareAlarm, TopicInfo, TopicKind,
 };
 use crate::engine::error::EngineError;
 use crate::engine::types::{LeaseId, Level, PartitionKey, TopicId};
@@ -290,6 +290,15 @@ fn group_listing(listing: GroupListing) -> wire::GroupListing {
     }
 }
 
+fn share_alarm(alarm: ShareAlarm) -> wire::ShareAlarm {
+    match alarm {
+        ShareAlarm::Leases => wire::ShareAlarm::Leases,
+        ShareAlarm::Exceptions => wire::ShareAlarm::Exceptions,
+        ShareAlarm::Span => wire::ShareAlarm::Span,
+        ShareAlarm::Memory => wire::ShareAlarm::Memory,
+    }
+}
+
 /// `read` gives the fields of each partition (by its index) that come from the log.
 pub(super) fn group_description(
     description: GroupDescription,
@@ -321,6 +330,8 @@ pub(super) fn group_description(
             available: info.available,
             exhausted: info.exhausted,
             expired: info.expired,
+            alarms: info.alarms.into_iter().map(|alarm| share_alarm(alarm).into()).collect(),
+            memory_bytes: info.memory_bytes,
             ..read(index)
         });
     wire::DescribeGroupReply {

@@ -7,6 +7,7 @@ use super::{ShareGroup, to_deltas};
 use crate::engine::command::ScannedRecord;
 use crate::engine::effect::{DeliveredRecord, Delivery, Scan};
 use crate::engine::event::{Granted, Settled, event::Kind};
+use crate::engine::share::budget::TRICKLE;
 use crate::engine::share::queue::{self, Ready};
 use crate::engine::share::state::{Lease, stored_slot};
 use crate::engine::stage::{RowKey, Stage};
@@ -16,6 +17,8 @@ use crate::engine::types::{LeaseId, PartitionKey, SubscriptionId};
 const GRANT_QUANTUM: usize = 256;
 /// Offsets that one scan may report.
 const SCAN_RECORDS: usize = queue::LOOKAHEAD;
+/// The same while the budget of memory is spent.
+const SCAN_RECORDS_SPENT: usize = 256;
 /// Pause before a failed read of the log is repeated.
 const SCAN_RETRY_MS: u64 = 1_000;
 
@@ -24,33 +27,29 @@ impl ShareGroup {
         &mut self,
         stage: &mut Stage<'_>,
         key: PartitionKey,
-        log_start: u64,
         from: u64,
+        begun: u64,
         next: u64,
         records: &[ScannedRecord],
     ) {
         let Some(partition) = self.partitions.get_mut(&key) else { return };
-        let missing = partition.queue.scanned(&partition.state, from, next, records);
-        let mut gaps = Settled::default();
-        for (first, count) in missing {
-            // What lies below the start of the log went before anybody was given it.
-            let kept_from = (first + count).min(first.max(log_start));
-            for (ranges, from, until) in
-                [(&mut gaps.expired, first, kept_from), (&mut gaps.skipped, kept_from, first + count)]
-            {
-                if until > from {
-                    ranges.extend([from, until - from]);
-                    partition.state.skip(from, until, until <= log_start);
-                }
+        let gaps = partition.queue.scanned(&partition.state, from, begun, next, records, stage.lsn);
+        let mut settled = Settled::default();
+        for (gaps, ranges, expired) in
+            [(gaps.expired, &mut settled.expired, true), (gaps.skipped, &mut settled.skipped, false)]
+        {
+            for (first, count) in gaps {
+                partition.state.skip(first, first + count, expired);
+                ranges.extend([first, count]);
             }
         }
-        self.push_settled(stage, key, Vec::new(), gaps);
+        self.push_settled(stage, key, &[], settled);
         stage.pump.insert(self.name.clone());
     }
 
-    pub(crate) fn scan_failed(&mut self, stage: &mut Stage<'_>, key: PartitionKey) {
+    pub(crate) fn scan_failed(&mut self, stage: &mut Stage<'_>, key: PartitionKey, from: u64) {
         if let Some(partition) = self.partitions.get_mut(&key) {
-            partition.queue.scan_failed(stage.now.monotonic_ms + SCAN_RETRY_MS);
+            partition.queue.reading_failed(from, stage.now.monotonic_ms + SCAN_RETRY_MS);
         }
         self.after_change(stage, key);
     }
@@ -163,20 +162,37 @@ impl ShareGroup {
         self.unscanned.insert(key);
     }
 
+    /// Everything that was refused, or that nobody was told of, may be looked at again: the budget of memory is not spent
+    /// any more, or there are subscriptions again.
+    pub(crate) fn look_again(&mut self) {
+        for (key, partition) in &self.partitions {
+            self.unscanned.insert(*key);
+            if partition.queue.has_ready() {
+                self.ready.insert(*key);
+            }
+        }
+    }
+
     fn ask_for_scans(&mut self, stage: &mut Stage<'_>) {
+        let spent = self.budget.is_spent();
         // What wants no scan now is put back by whatever changes that: new records, a grant, a timer.
         for key in std::mem::take(&mut self.unscanned) {
             let Some(partition) = self.partitions.get_mut(&key) else { continue };
             let Some(high_watermark) = stage.high_watermarks.get(&key) else { continue };
-            let wants = partition.queue.wants_scan(&partition.state, *high_watermark, stage.now.monotonic_ms);
-            if let Some(from) = wants {
-                partition.queue.scan_started();
+            if spent && partition.is_over_trickle() {
+                stage.starved.insert(self.name.clone());
+                continue;
+            }
+            let end = partition.state.low().saturating_add(stage.max_span).min(*high_watermark);
+            let wanted = partition.queue.wants_reading(&partition.state, end, stage.now.monotonic_ms);
+            if let Some(reading) = wanted {
+                partition.queue.reading_started(reading);
                 stage.out.scans.push(Scan {
                     group: self.name.to_string(),
                     partition: key,
-                    from,
-                    until: *high_watermark,
-                    max_records: SCAN_RECORDS,
+                    from: reading.from,
+                    until: reading.until,
+                    max_records: if spent { SCAN_RECORDS_SPENT } else { SCAN_RECORDS },
                 });
             }
         }
@@ -189,12 +205,20 @@ impl ShareGroup {
         let Some(partition) = self.partitions.get_mut(&key) else { return false };
         let Some(subscription) = self.subscriptions.get_mut(&id) else { return false };
         let leases = partition.state.leases().len() as u64;
-        if leases >= stage.max_leases {
+        let free = usize::try_from(stage.max_leases.saturating_sub(leases)).unwrap_or(usize::MAX);
+        if free == 0 {
             return false;
         }
-        let allow_new = (partition.state.exceptions().len() as u64) < stage.max_exceptions;
+        let mut allow_new = (partition.state.exceptions().len() as u64) < stage.max_exceptions;
         let share = partition.queue.ready_len().div_ceil(self.takers.len().max(1)).clamp(1, GRANT_QUANTUM);
-        let share = if alone { 1 } else { share.min(room) };
+        let mut share = if alone { 1 } else { share.min(room).min(free) };
+        if self.budget.is_spent() {
+            if partition.is_over_trickle() {
+                stage.starved.insert(self.name.clone());
+                allow_new = false;
+            }
+            share = share.min(TRICKLE as usize);
+        }
         let mut taken: Vec<Ready> = Vec::with_capacity(share);
         while taken.len() < share
             && subscription.has_credit()
@@ -232,10 +256,10 @@ impl ShareGroup {
             );
             self.ledger.holders.granted(&subscription.member, alone);
             self.ledger.outage.granted();
-            partition.queue.leased(ready.offset, deadline_ms);
             let (deliveries, failures) = partition.state.attempts(ready.offset);
             records.push(DeliveredRecord { offset: ready.offset, deliveries, failures });
         }
+        partition.queue.leased(taken.iter().map(|ready| ready.offset), deadline_ms);
         let keyed = taken.iter().any(|ready| ready.slot.is_some());
         stage.event(Kind::Granted(Granted {
             group: self.name.to_string(),

@@ -67,23 +67,18 @@ impl ShareGroup {
         }
         let held: BTreeSet<(PartitionKey, u64, LeaseId)> =
             held.iter().map(|lease| (lease.partition, lease.offset, lease.lease)).collect();
-        let unknown: Vec<(PartitionKey, u64)> = self
-            .partitions
-            .iter()
-            .flat_map(|(key, partition)| {
-                partition.state.leases().iter().map(move |(offset, lease)| (*key, *offset, lease))
-            })
-            .filter(|(key, offset, lease)| {
-                lease.member == member && !held.contains(&(*key, *offset, lease.id))
-            })
-            .map(|(key, offset, _)| (key, offset))
-            .collect();
-        for (key, offset) in unknown {
+        // Most members come without leases.
+        let holds_any = self.leases_of(&member) > 0;
+        let keys: Vec<PartitionKey> = self.partitions.keys().copied().filter(|_| holds_any).collect();
+        for key in keys {
             let on_exhausted = self.on_exhausted(&key.topic);
             let Some(partition) = self.partitions.get(&key) else { continue };
+            let unknown = partition.state.leases().iter().filter(|(offset, lease)| {
+                lease.member == member && !held.contains(&(key, **offset, lease.id))
+            });
             let desk = partition.desk(&self.ledger, &self.config, on_exhausted, stage.now);
-            let released = settle::release(&desk, offset);
-            self.commit_changes(stage, key, Vec::new(), vec![released]);
+            let released = unknown.map(|(offset, _)| settle::release(&desk, *offset)).collect();
+            self.commit_changes(stage, key, Vec::new(), released);
         }
         let (credit_records, credit_bytes) = (i64::from(credit.0), i64::from(credit.1));
         let subscription = Subscription { member, credit_records, credit_bytes, had_alone: false };
@@ -158,20 +153,26 @@ impl ShareGroup {
         }
     }
 
-    /// The member's session timer fired: it is lost when it was silent for the whole session.
-    pub(crate) fn session_timer(&mut self, stage: &mut Stage<'_>, member: &str) {
-        let Some(entry) = self.members.get_mut(member) else { return };
+    /// The member's session timer fired: it is lost when it was silent for the whole session. Answers how many of its leases
+    /// failed; when there are more, that goes on in the next turn.
+    pub(crate) fn session_timer(&mut self, stage: &mut Stage<'_>, member: &str) -> usize {
+        let Some(entry) = self.members.get_mut(member) else { return 0 };
         entry.watched = false;
         if entry.last_seen_ms + stage.session_timeout_ms > stage.now.monotonic_ms {
             self.watch(stage, member);
-            return;
+            return 0;
         }
         let subscriptions = std::mem::take(&mut entry.subscriptions);
         for id in subscriptions {
             self.drop_subscription(id);
             stage.out.ended.push((id, EngineError::UnknownMember(member.to_owned())));
         }
-        self.members.remove(member);
-        self.member_lost(stage, member);
+        let failed = self.member_lost(stage, member);
+        if self.leases_of(member) > 0 {
+            self.watch(stage, member);
+        } else {
+            self.members.remove(member);
+        }
+        failed
     }
 }

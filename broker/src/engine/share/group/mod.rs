@@ -12,30 +12,66 @@ use std::sync::Arc;
 
 use members::{Member, Subscription};
 
+use super::acks::{self, push_ranges};
+use super::budget::{Budget, Charge, TRICKLE};
 use super::holders::Holders;
 use super::outage::Outage;
 use super::queue::Queue;
 use super::recent::{Recent, SettledAs};
 use super::settle::Desk;
 use super::state::{Cause, Ended, ShareState, change};
-use crate::engine::config::{OnExhausted, ShareConfig};
+use crate::engine::config::{EngineSettings, OnExhausted, ShareConfig};
+use crate::engine::effect::ShareAlarm;
 use crate::engine::event::{RecordChange, Settled, event::Kind};
 use crate::engine::stage::{RowKey, Stage, TimerKey};
-use crate::engine::types::{Lsn, Now, PartitionKey, SubscriptionId, TopicId};
+use crate::engine::types::{Now, PartitionKey, SubscriptionId, TopicId};
 
 /// The group on one partition.
 #[derive(Debug)]
 pub(crate) struct SharePartition {
     pub(crate) state: ShareState,
     pub(crate) queue: Queue,
+    charge: Charge,
     /// The engine timer that is set for it.
     armed: Option<u64>,
+    /// The engine tells it of commits.
+    watched: bool,
 }
 
 impl SharePartition {
-    pub(crate) fn new(state: ShareState, ordered: bool) -> Self {
-        let queue = Queue::rebuild(&state, ordered);
-        Self { state, queue, armed: None }
+    fn new(state: ShareState, ordered: bool, budget: &Budget) -> Self {
+        let queue = Queue::rebuild(&state, ordered, budget);
+        let mut partition = Self { state, queue, charge: budget.charge(), armed: None, watched: false };
+        partition.account();
+        partition
+    }
+
+    /// Whether it has enough to do while the budget is spent.
+    fn is_over_trickle(&self) -> bool {
+        (self.state.leases().len() + self.state.exceptions().len()) as u64 >= TRICKLE
+    }
+
+    /// What of it is full, so that nothing new is handed out.
+    pub(crate) fn alarms(&self, settings: &EngineSettings) -> Vec<ShareAlarm> {
+        let state = &self.state;
+        let full = [
+            (ShareAlarm::Leases, state.leases().len() as u64 >= settings.max_leases),
+            (ShareAlarm::Exceptions, state.exceptions().len() as u64 >= settings.max_exceptions),
+            (ShareAlarm::Span, self.queue.scan_next().saturating_sub(state.low()) >= settings.max_span),
+            (ShareAlarm::Memory, self.charge.is_spent() && self.is_over_trickle()),
+        ];
+        full.into_iter().filter(|(_, is_full)| *is_full).map(|(alarm, _)| alarm).collect()
+    }
+
+    /// Bytes that it takes, roughly.
+    pub(crate) fn memory(&self) -> u64 {
+        size_of::<(PartitionKey, Self)>() as u64 + self.state.memory() + self.queue.memory()
+    }
+
+    /// Charges the budget with what it takes now.
+    fn account(&mut self) {
+        let bytes = self.memory();
+        self.charge.set(bytes);
     }
 }
 
@@ -60,7 +96,13 @@ pub struct ShareGroup {
     pub(crate) corrupt: Option<String>,
     /// Where the exhausted records of a topic go; a topic without one holds them.
     pub(crate) dead_letter_topics: BTreeMap<TopicId, TopicId>,
-    partitions: BTreeMap<PartitionKey, SharePartition>,
+    budget: Budget,
+    /// For what is not of one partition.
+    charge: Charge,
+    /// A timer is set to forget how leases ended.
+    forgetting: bool,
+    /// Boxed: a tree's node has room for eleven, and most groups are on few.
+    partitions: BTreeMap<PartitionKey, Box<SharePartition>>,
     members: BTreeMap<Arc<str>, Member>,
     subscriptions: BTreeMap<SubscriptionId, Subscription>,
     pub(crate) ledger: Ledger,
@@ -88,8 +130,12 @@ impl ShareGroup {
         topics: Vec<TopicId>,
         paused: bool,
         hidden: bool,
+        budget: Budget,
     ) -> Self {
         Self {
+            charge: budget.charge(),
+            budget,
+            forgetting: false,
             name,
             config,
             paused,
@@ -113,17 +159,18 @@ impl ShareGroup {
         }
     }
 
-    pub(crate) fn partitions(&self) -> &BTreeMap<PartitionKey, SharePartition> {
+    pub(crate) fn partitions(&self) -> &BTreeMap<PartitionKey, Box<SharePartition>> {
         &self.partitions
     }
 
     pub(crate) fn partition(&self, key: &PartitionKey) -> Option<&SharePartition> {
-        self.partitions.get(key)
+        self.partitions.get(key).map(Box::as_ref)
     }
 
     pub(crate) fn put_partition(&mut self, key: PartitionKey, state: ShareState) {
         self.remove_partition(&key);
-        self.partitions.insert(key, SharePartition::new(state, self.config.ordered));
+        let partition = SharePartition::new(state, self.config.ordered, &self.budget);
+        self.partitions.insert(key, Box::new(partition));
         self.unscanned.insert(key);
     }
 
@@ -147,9 +194,9 @@ impl ShareGroup {
     pub(crate) fn apply_settled(&mut self, key: &PartitionKey, event: &Settled) -> bool {
         let Some(partition) = self.partitions.get_mut(key) else { return false };
         let (state, ledger) = (&mut partition.state, &mut self.ledger);
-        let mut offset = 0;
-        for delta in &event.acked_deltas {
-            offset += delta;
+        let mut successes = 0_u32;
+        for offset in acks::offsets(&event.acked) {
+            successes = successes.saturating_add(1);
             if let Some(lease) = state.ack(offset) {
                 ledger.recent.insert(lease, SettledAs::Ack, event.now_ms);
             }
@@ -166,8 +213,7 @@ impl ShareGroup {
         }
         // With failures among them, the state of the guard follows in an event of its own.
         if !event.changes.iter().any(is_failed_outcome) {
-            let count = u32::try_from(event.acked_deltas.len()).unwrap_or(u32::MAX);
-            ledger.outage.fold_successes(count);
+            ledger.outage.fold_successes(successes);
         }
         true
     }
@@ -176,10 +222,12 @@ impl ShareGroup {
     pub(crate) fn rebuild(&mut self) {
         self.ready.clear();
         self.alone.clear();
+        self.forgetting = false;
         self.ledger.holders = Holders::default();
         for (key, partition) in &mut self.partitions {
-            partition.queue = Queue::rebuild(&partition.state, self.config.ordered);
+            partition.queue = Queue::rebuild(&partition.state, self.config.ordered, &self.budget);
             partition.armed = None;
+            partition.account();
             self.unscanned.insert(*key);
             for (offset, lease) in partition.state.leases() {
                 let alone = partition.state.exception(*offset).is_some_and(|exception| exception.alone);
@@ -190,10 +238,12 @@ impl ShareGroup {
         self.ledger.outage.recount(leases.map(|lease| lease.granted_ms));
     }
 
-    /// The group was moved on a partition, or its order changed, in the frame `lsn`.
-    pub(crate) fn wait_for(&mut self, lsn: Lsn, which: impl Fn(&PartitionKey) -> bool) {
+    /// The group was moved on a partition, or its order changed, in the frame that is being staged.
+    pub(crate) fn wait_for(&mut self, stage: &mut Stage<'_>, which: impl Fn(&PartitionKey) -> bool) {
         for (key, partition) in self.partitions.iter_mut().filter(|(key, _)| which(key)) {
-            partition.queue.wait_for(lsn);
+            partition.queue.wait_for(stage.lsn);
+            stage.uncommitted.insert((self.name.clone(), *key));
+            partition.watched = true;
             self.ready.remove(key);
             self.alone.remove(key);
         }
@@ -219,6 +269,7 @@ impl ShareGroup {
             self.after_change(stage, key);
         }
         self.wait_for_probe(stage);
+        self.wait_to_forget(stage);
     }
 
     fn on_exhausted(&self, topic: &TopicId) -> OnExhausted {
@@ -245,40 +296,64 @@ impl ShareGroup {
                 partition.change(stage, &mut self.ledger, &self.config, change);
             }
             let settled = Settled { changes, ..Settled::default() };
-            self.push_settled(stage, key, acked, settled);
+            self.push_settled(stage, key, &acked, settled);
         }
     }
 
     /// Stages the event of what was just applied: `acked`, and the changes, skipped and expired offsets of `settled`.
-    fn push_settled(
-        &mut self,
-        stage: &mut Stage<'_>,
-        key: PartitionKey,
-        mut acked: Vec<u64>,
-        settled: Settled,
-    ) {
+    fn push_settled(&mut self, stage: &mut Stage<'_>, key: PartitionKey, acked: &[u64], settled: Settled) {
         let gaps = !settled.skipped.is_empty() || !settled.expired.is_empty();
         let outcomes = !acked.is_empty() || !settled.changes.is_empty();
-        if gaps || outcomes {
-            acked.sort_unstable();
+        let mut is_new = true;
+        if gaps || !settled.changes.is_empty() {
+            let mut ranges = Vec::new();
+            push_ranges(&mut ranges, 0, acked);
             stage.event(Kind::Settled(Settled {
                 group: self.name.to_string(),
                 topic_id: key.topic.0.to_vec(),
                 partition: key.partition,
-                acked_deltas: to_deltas(acked),
+                acked: ranges,
                 now_ms: stage.now.monotonic_ms,
                 ..settled
             }));
-            stage.dirty.insert(RowKey::Share(self.name.clone(), key));
+        } else if outcomes {
+            let at = (stage.lsn, stage.now.monotonic_ms);
+            is_new = stage.acks.push(stage.out, at, &self.name, key, acked);
         }
-        if outcomes {
+        if is_new && (gaps || outcomes) {
+            stage.dirty.insert(RowKey::Share(self.name.clone(), key));
             // The window of the outage guard.
             stage.dirty.insert(RowKey::Group(self.name.clone()));
+        }
+        if outcomes {
             // Others may have waited for what has ended.
             stage.pump.insert(self.name.clone());
             self.note_outage(stage);
+            self.wait_to_forget(stage);
         }
         self.after_change(stage, key);
+    }
+
+    /// Charges the budget with what is not of one partition, and sets the timer that lets go of it.
+    fn wait_to_forget(&mut self, stage: &mut Stage<'_>) {
+        if self.budget.is_spent() {
+            self.ledger.recent.forget_some();
+        }
+        let members = self.members.len() * (size_of::<Member>() + size_of::<Subscription>() + 200);
+        self.charge.set((size_of::<Self>() + members) as u64 + self.ledger.recent.memory());
+        if !self.forgetting
+            && let Some(at) = self.ledger.recent.forget_at()
+        {
+            self.forgetting = true;
+            stage.timers.insert((at, TimerKey::Forget(self.name.clone())));
+        }
+    }
+
+    /// Forgets how leases ended, as far as that is long ago.
+    pub(crate) fn forget(&mut self, stage: &mut Stage<'_>) {
+        self.forgetting = false;
+        self.ledger.recent.forget(stage.now.monotonic_ms);
+        self.wait_to_forget(stage);
     }
 
     /// Stages the outage guard's state when it changed.
@@ -304,6 +379,11 @@ impl ShareGroup {
         let Some(partition) = self.partitions.get_mut(&key) else { return };
         self.unscanned.insert(key);
         partition.queue.catch_up(&partition.state);
+        partition.account();
+        if !partition.watched && partition.queue.waits_for_commit() {
+            partition.watched = true;
+            stage.uncommitted.insert((self.name.clone(), key));
+        }
         for (ready, waits) in
             [(&mut self.ready, partition.queue.has_ready()), (&mut self.alone, partition.queue.has_alone())]
         {
@@ -357,10 +437,10 @@ impl SharePartition {
         let (offset, now_ms) = (change.offset, stage.now.monotonic_ms);
         if change.kind == change::EXTENDED {
             if let Some(lease) = self.state.lease(offset) {
-                self.queue.lease_ended(offset, lease.deadline_ms);
+                self.queue.lease_ended(&self.state, lease.deadline_ms);
             }
             self.state.change(change);
-            self.queue.leased(offset, change.until_ms);
+            self.queue.leased([offset].into_iter(), change.until_ms);
             return;
         }
         let slot = self.end_lease(ledger, offset);
@@ -371,7 +451,7 @@ impl SharePartition {
             ledger.outage.note(true, config, now_ms);
         }
         match change.kind {
-            change::SCHEDULED => self.queue.scheduled(offset, change.until_ms),
+            change::SCHEDULED => self.queue.scheduled(&self.state, offset, change.until_ms),
             change::EXHAUSTED => self.queue.exhausted(offset),
             change::HELD => self.queue.held(offset),
             change::AVAILABLE => self.queue.available(&self.state, offset, slot),
@@ -386,7 +466,7 @@ impl SharePartition {
             Some(lease) => {
                 ledger.holders.ended(&lease.member);
                 ledger.outage.ended(lease.granted_ms);
-                self.queue.lease_ended(offset, lease.deadline_ms);
+                self.queue.lease_ended(&self.state, lease.deadline_ms);
                 lease.slot
             }
             None => self.state.exception(offset).and_then(|exception| exception.slot),

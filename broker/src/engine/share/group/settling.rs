@@ -54,7 +54,7 @@ impl ShareGroup {
                     }
                 });
             }
-            self.push_settled(stage, key, acked, Settled { changes, ..Settled::default() });
+            self.push_settled(stage, key, &acked, Settled { changes, ..Settled::default() });
         }
         results
     }
@@ -151,17 +151,25 @@ impl ShareGroup {
 
     // ---- Timers and commits ----
 
-    /// A partition's timer fired: due records become available, expired leases fail.
-    pub(crate) fn partition_timer(&mut self, stage: &mut Stage<'_>, key: PartitionKey, fired_at: u64) {
+    /// A partition's timer fired: due records become available, expired leases fail. Answers how many there were; when there
+    /// are more, the timer is set anew.
+    pub(crate) fn partition_timer(
+        &mut self,
+        stage: &mut Stage<'_>,
+        key: PartitionKey,
+        fired_at: u64,
+    ) -> usize {
         let on_exhausted = self.on_exhausted(&key.topic);
-        let Some(partition) = self.partitions.get_mut(&key) else { return };
+        let Some(partition) = self.partitions.get_mut(&key) else { return 0 };
         if partition.armed != Some(fired_at) {
-            return;
+            return 0;
         }
         partition.armed = None;
         let now_ms = stage.now.monotonic_ms;
         let mut changes = Vec::new();
-        for offset in partition.queue.take_due(now_ms, DUE_PER_STEP) {
+        let due = partition.queue.take_due(now_ms, DUE_PER_STEP);
+        let records = due.len();
+        for offset in due {
             if partition.state.lease(offset).is_some_and(|lease| lease.deadline_ms <= now_ms) {
                 let (ledger, config) = (&mut self.ledger, &self.config);
                 let desk = partition.desk(ledger, config, on_exhausted, stage.now);
@@ -177,18 +185,25 @@ impl ShareGroup {
                 partition.queue.available(&partition.state, offset, slot);
             }
         }
-        self.push_settled(stage, key, Vec::new(), Settled { changes, ..Settled::default() });
+        self.push_settled(stage, key, &[], Settled { changes, ..Settled::default() });
         stage.pump.insert(self.name.clone());
+        records
     }
 
-    /// Fails every lease of a member that is lost.
-    pub(super) fn member_lost(&mut self, stage: &mut Stage<'_>, member: &str) {
+    /// Fails leases of a member that is lost, as many as may be in one step. Answers how many.
+    pub(super) fn member_lost(&mut self, stage: &mut Stage<'_>, member: &str) -> usize {
+        let mut failed = 0;
         let on_exhausted: Vec<(PartitionKey, OnExhausted)> =
             self.partitions.keys().map(|key| (*key, self.on_exhausted(&key.topic))).collect();
         for (key, on_exhausted) in on_exhausted {
             let Some(partition) = self.partitions.get_mut(&key) else { continue };
+            let room = (DUE_PER_STEP - failed).min(self.ledger.holders.of(member).leases as usize);
+            if room == 0 {
+                break;
+            }
             let lost = partition.state.leases().iter().filter(|(_, lease)| &*lease.member == member);
-            let lost: Vec<u64> = lost.map(|(offset, _)| *offset).collect();
+            let lost: Vec<u64> = lost.map(|(offset, _)| *offset).take(room).collect();
+            failed += lost.len();
             let mut changes = Vec::with_capacity(lost.len());
             for offset in lost {
                 let (ledger, config) = (&mut self.ledger, &self.config);
@@ -197,8 +212,9 @@ impl ShareGroup {
                 partition.change(stage, ledger, config, &change);
                 changes.push(change);
             }
-            self.push_settled(stage, key, Vec::new(), Settled { changes, ..Settled::default() });
+            self.push_settled(stage, key, &[], Settled { changes, ..Settled::default() });
         }
+        failed
     }
 
     /// An operator wants every scheduled record of the partition now. Answers how many there were.
@@ -222,12 +238,11 @@ impl ShareGroup {
         kicked.len() as u64
     }
 
-    /// Frames up to `committed` have reached the commit level. Answers whether anything still waits.
-    pub(crate) fn committed(&mut self, stage: &mut Stage<'_>, key: PartitionKey, committed: Lsn) -> bool {
-        let Some(partition) = self.partitions.get_mut(&key) else { return false };
+    /// Frames up to `committed` have reached the commit level. While anything waits for more, it asks to be told again.
+    pub(crate) fn committed(&mut self, stage: &mut Stage<'_>, key: PartitionKey, committed: Lsn) {
+        let Some(partition) = self.partitions.get_mut(&key) else { return };
+        partition.watched = false;
         partition.queue.committed(&partition.state, committed);
-        let waits = partition.queue.waits_for_commit();
         self.after_change(stage, key);
-        waits
     }
 }
