@@ -14,7 +14,7 @@ use crate::report::Sink;
 use crate::row::Row;
 use crate::server::Launcher;
 use crate::workload::{
-    Ack, Cache, Consume, EndToEnd, FanOut, Footprint, Produce, Producers, Rate, Receive, Share, Work,
+    Ack, Cache, Consume, EndToEnd, FanOut, Footprint, Produce, Producers, Rate, Receive, Share, Way, Work,
     Workload,
 };
 use crate::{limits, measure};
@@ -86,7 +86,7 @@ pub(crate) enum Case {
     Raw { work: Produce, ack: Ack, producers: Producers },
     Consume { work: Consume, consumers: u32, cache: Cache },
     EndToEnd { work: EndToEnd, ack: Ack, rate: Rate },
-    Share { work: Share, members: u32, receive: Receive },
+    Share { work: Share, members: u32, way: Way },
     FanOut(FanOut),
     Footprint(Footprint),
 }
@@ -111,8 +111,8 @@ impl Case {
                 product(&work.ack, &work.rates).map(case).collect()
             }
             Work::Share(work) => {
-                let case = |(receive, members)| Self::Share { work: work.clone(), members, receive };
-                product(&work.receive, &work.members).map(case).collect()
+                let case = |(way, members)| Self::Share { work: work.clone(), members, way };
+                product(&work.ways, &work.members).map(case).collect()
             }
             Work::FanOut(work) => vec![Self::FanOut(work.clone())],
             Work::Footprint(work) => vec![Self::Footprint(work.clone())],
@@ -140,12 +140,16 @@ impl Case {
             Self::Consume { consumers, cache: Cache::Cold, .. } => format!("{}, cold", on(*consumers)),
             Self::EndToEnd { rate: Rate::Fixed(rate), .. } => format!("{rate} records/s"),
             Self::EndToEnd { rate: Rate::Half, .. } => "half of the fastest rate".to_owned(),
-            Self::Share { members, receive, .. } => {
-                let how = match receive {
+            Self::Share { members, way, .. } => {
+                let how = match way.receive {
                     Receive::Next => "next and ack",
                     Receive::Worker => "worker",
                 };
-                format!("{how}, {}", count(*members as usize, "member"))
+                let order = match way.keys {
+                    0 => String::new(),
+                    keys => format!(", in order of {}", count(keys as usize, "key")),
+                };
+                format!("{how}, {}{order}", count(*members as usize, "member"))
             }
             Self::FanOut(work) => count(work.groups as usize, "group"),
             Self::Footprint(_) => "start to first accept; idle memory".to_owned(),
@@ -157,8 +161,8 @@ impl Case {
     fn level(&self) -> Option<Ack> {
         match self {
             Self::Produce { ack, .. } | Self::Raw { ack, .. } | Self::EndToEnd { ack, .. } => Some(*ack),
-            // Whoever produces need not wait for the device; that a record is done is always synced.
-            Self::Share { .. } => Some(Ack::Synced),
+            // Of what a member says; whoever produces need not wait for the device.
+            Self::Share { way, .. } => Some(way.ack),
             Self::FanOut(_) => Some(Ack::Written),
             Self::Consume { .. } | Self::Footprint(_) => None,
         }
@@ -170,7 +174,7 @@ impl Case {
         let takes_part = match self {
             Self::Raw { .. } => peer == Peer::Felucca,
             // The others' clients have one way only.
-            Self::Share { receive: Receive::Worker, .. } => peer == Peer::Felucca,
+            Self::Share { way, .. } if !way.is_common() => peer == Peer::Felucca,
             Self::Share { .. } => peer.has_groups(),
             Self::FanOut(_) => peer.has_readers(),
             // In Redis' memory only, and read from a queue it is gone.

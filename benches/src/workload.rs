@@ -192,12 +192,36 @@ pub struct Share {
     pub partitions: u32,
     pub batch_bytes: usize,
     pub members: Vec<u32>,
-    pub receive: Vec<Receive>,
+    pub ways: Vec<Way>,
     /// Records that each member holds leased.
     pub prefetch: u32,
     pub records: u64,
     pub warm_up_seconds: f64,
     pub seconds: f64,
+}
+
+/// How records are taken and acknowledged. Peers have the way that is nothing but `receive = "next"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Way {
+    pub receive: Receive,
+    /// Distinct keys, taken in turn, whose order the group keeps; 0 = no keys, no order.
+    #[serde(default)]
+    pub keys: u32,
+    /// When an acknowledgement is answered.
+    #[serde(default = "Way::default_ack")]
+    pub ack: Ack,
+}
+
+impl Way {
+    fn default_ack() -> Ack {
+        Ack::Synced
+    }
+
+    /// Whether other brokers' clients can do it, too.
+    pub(crate) fn is_common(&self) -> bool {
+        *self == Self { receive: Receive::Next, keys: 0, ack: Ack::Synced }
+    }
 }
 
 /// Which part of the client's interface takes the records.
@@ -282,6 +306,7 @@ impl Workload {
                     && work.partitions > 0
                     && work.prefetch > 0
                     && !work.members.contains(&0)
+                    && work.ways.iter().all(|way| way.ack != Ack::Memory)
                     && lasts(work.warm_up_seconds, work.seconds)
             }
             Work::FanOut(work) => {

@@ -73,12 +73,10 @@ impl Driver for Felucca {
         gathering: Gathering,
     ) -> anyhow::Result<FeluccaProducer> {
         let client = Client::connect(self.address.clone()).await?;
-        let level = match self.level {
-            Ack::Synced => Level::Synced,
-            Ack::Written | Ack::Memory => Level::Written,
-        };
+        let level = level(self.level);
         let producer = client.producer().level(level).max_batch_bytes(gathering.batch_bytes).build().await?;
-        Ok(FeluccaProducer { producer, topic: topic.name.clone() })
+        let keys = Keys { count: gathering.keys, next: 0 };
+        Ok(FeluccaProducer { producer, topic: topic.name.clone(), keys })
     }
 
     async fn consumer(&self, topic: &Topic, partitions: Vec<u32>) -> anyhow::Result<FeluccaConsumer> {
@@ -88,8 +86,9 @@ impl Driver for Felucca {
         Ok(FeluccaConsumer(consumer))
     }
 
-    async fn create_group(&self, topic: &Topic, group: &str, _member: Members) -> anyhow::Result<()> {
-        self.client.admin().create_share_group(group, &[&topic.name], &[]).await?;
+    async fn create_group(&self, topic: &Topic, group: &str, member: Members) -> anyhow::Result<()> {
+        let config: &[(&str, &str)] = if member.way.keys == 0 { &[] } else { &[("ordering", "key")] };
+        self.client.admin().create_share_group(group, &[&topic.name], config).await?;
         Ok(())
     }
 
@@ -98,14 +97,13 @@ impl Driver for Felucca {
         _topic: &Topic,
         group: &str,
         member: Members,
-        receive: Receive,
         progress: Progress,
     ) -> anyhow::Result<()> {
         let client = Client::connect(self.address.clone()).await?;
         let prefetch = member.prefetch as usize;
-        let consumer =
-            client.share_consumer(group).prefetch(member.prefetch).concurrency(prefetch).build().await?;
-        match receive {
+        let consumer = client.share_consumer(group).prefetch(member.prefetch).concurrency(prefetch);
+        let consumer = consumer.level(level(member.way.ack)).build().await?;
+        match member.way.receive {
             Receive::Next => take(consumer, prefetch, progress).await,
             Receive::Worker => handle(consumer, progress).await,
         }
@@ -117,6 +115,29 @@ impl Driver for Felucca {
 pub(crate) struct FeluccaProducer {
     producer: Producer,
     topic: Arc<str>,
+    keys: Keys,
+}
+
+/// Gives out keys in turn.
+#[derive(Debug)]
+struct Keys {
+    /// 0 = no keys.
+    count: u32,
+    next: u32,
+}
+
+impl Keys {
+    fn next(&mut self) -> Option<Bytes> {
+        self.next = self.next.checked_add(1)? % self.count.max(1);
+        (self.count > 0).then(|| Bytes::copy_from_slice(&self.next.to_be_bytes()))
+    }
+}
+
+fn level(ack: Ack) -> Level {
+    match ack {
+        Ack::Synced => Level::Synced,
+        Ack::Written | Ack::Memory => Level::Written,
+    }
 }
 
 fn acknowledged(outcome: Result<Acked>) -> anyhow::Result<()> {
@@ -128,7 +149,11 @@ impl super::Producer for FeluccaProducer {
     type Pending = Map<PendingAck, fn(Result<Acked>) -> anyhow::Result<()>>;
 
     async fn enqueue(&mut self, value: Bytes) -> anyhow::Result<Self::Pending> {
-        let pending = self.producer.enqueue(Record::new(self.topic.clone(), value)).await?;
+        let mut record = Record::new(self.topic.clone(), value);
+        if let Some(key) = self.keys.next() {
+            record = record.key(key);
+        }
+        let pending = self.producer.enqueue(record).await?;
         Ok(pending.map(acknowledged))
     }
 

@@ -15,7 +15,7 @@ use futures::stream::{BoxStream, SelectAll, StreamExt, select_all};
 
 use super::{Driver, Gathering, MOST_TOGETHER, Members, Progress, RECORDS_IN_A_ROW, Topic};
 use crate::measure::PATIENCE;
-use crate::workload::{Ack, Receive};
+use crate::workload::Ack;
 
 /// Messages that a consumer has asked for; its client asks for more when half of them have come.
 const ASKED_FOR: usize = 2000;
@@ -106,7 +106,6 @@ impl Driver for Jetstream {
         topic: &Topic,
         group: &str,
         member: Members,
-        _receive: Receive,
         mut progress: Progress,
     ) -> anyhow::Result<()> {
         let connection = self.connect(1).await?;

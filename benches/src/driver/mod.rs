@@ -1,8 +1,8 @@
 //! One small interface to all brokers, each through the client that its users would take, in the way in which they would use
 //! it.
 //!
-//! A topic has partitions; a peer without them has as many streams or queues. Records carry no keys, so that each driver
-//! spreads them as suits its peer. Every outcome is looked at: a record that was refused or lost is an error.
+//! A topic has partitions; a peer without them has as many streams or queues. Records carry no keys where peers are compared,
+//! so that each driver spreads them as suits its peer. Every outcome is looked at: a record that was refused or lost is an error.
 
 mod felucca;
 #[cfg(feature = "jetstream")]
@@ -31,7 +31,7 @@ pub(crate) use self::rabbitmq_stream::RabbitmqStream;
 #[cfg(feature = "redis")]
 pub(crate) use self::redis::Redis;
 use crate::measure::window::Window;
-use crate::workload::{Ack, Receive};
+use crate::workload::{Ack, Way};
 
 /// Records that a consumer takes together where they are there already.
 const MOST_TOGETHER: usize = 1000;
@@ -69,11 +69,17 @@ impl Topic {
 
 /// How a producer is to gather records.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(
+    not(any(feature = "jetstream", feature = "rabbitmq", feature = "redis")),
+    expect(dead_code, reason = "some of it only other brokers' drivers ask for")
+)]
 pub(crate) struct Gathering {
     /// Size of a batch, where the client makes batches.
     pub(crate) batch_bytes: usize,
     /// Records that will be unacknowledged at the most.
     pub(crate) in_flight: usize,
+    /// Distinct keys, given to records in turn; 0 = no keys. Only for what no other broker does.
+    pub(crate) keys: u32,
 }
 
 /// A broker that answers, through its client.
@@ -122,18 +128,22 @@ pub(crate) trait Driver: Sized + Send + Sync + 'static {
         topic: &Topic,
         group: &str,
         member: Members,
-        receive: Receive,
         progress: Progress,
     ) -> impl Future<Output = anyhow::Result<()>> + Send;
 }
 
 /// The members of a group, and which of them is meant.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(
+    not(any(feature = "jetstream", feature = "rabbitmq", feature = "redis")),
+    expect(dead_code, reason = "some of it only other brokers' drivers ask for")
+)]
 pub(crate) struct Members {
     pub(crate) index: u32,
     pub(crate) count: u32,
     /// Records that each holds leased.
     pub(crate) prefetch: u32,
+    pub(crate) way: Way,
 }
 
 /// What has been sent and is not acknowledged. Resolves for all its records; an error is one record's at least.

@@ -12,7 +12,7 @@ use lapin::types::{AMQPValue, FieldTable, LongString, ShortString};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
 
 use super::{Driver, Gathering, MOST_TOGETHER, Members, Progress, RECORDS_IN_A_ROW, Topic};
-use crate::workload::{Ack, Receive};
+use crate::workload::Ack;
 
 /// What makes a message survive a restart.
 const PERSISTENT: u8 = 2;
@@ -106,7 +106,6 @@ impl Driver for RabbitmqQuorum {
         topic: &Topic,
         _group: &str,
         member: Members,
-        _receive: Receive,
         mut progress: Progress,
     ) -> anyhow::Result<()> {
         let partitions = topic.share_of(member.index, member.count);

@@ -14,7 +14,7 @@ use rabbitmq_stream_client::{Consumer, Environment, NoDedup, Producer};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Driver, Gathering, MOST_TOGETHER, Members, PendingBlock, Progress, RECORDS_IN_A_ROW, Topic};
-use crate::workload::{Ack, Receive};
+use crate::workload::Ack;
 
 /// Messages that the client sends together.
 const BATCH: usize = 1000;
@@ -90,7 +90,6 @@ impl Driver for RabbitmqStream {
         _topic: &Topic,
         _group: &str,
         _member: Members,
-        _receive: Receive,
         _progress: Progress,
     ) -> anyhow::Result<()> {
         anyhow::bail!("streams have no acknowledgements")

@@ -15,7 +15,7 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Driver, Gathering, Members, PendingBlock, Progress, Topic};
-use crate::workload::{Ack, Receive};
+use crate::workload::Ack;
 
 /// Commands in one pipeline.
 const PIPELINE: usize = 512;
@@ -100,7 +100,6 @@ impl Driver for Redis {
         topic: &Topic,
         group: &str,
         member: Members,
-        _receive: Receive,
         progress: Progress,
     ) -> anyhow::Result<()> {
         let connection = self.connect().await?;

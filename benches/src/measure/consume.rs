@@ -47,7 +47,7 @@ pub(super) async fn measure<D: Driver>(
     let topic = create_topic(&driver, work.partitions).await?;
     let readers = consumers.min(topic.partitions);
     let records = session.effort.records(work.records);
-    let records = produce::fill(&driver, &topic, records, work.record_bytes, work.batch_bytes).await?;
+    let records = produce::fill(&driver, &topic, records, work.record_bytes, work.batch_bytes, 0).await?;
     if cache == Cache::Cold {
         let data = session.data.clone().context("only a server that is started here can be read cold")?;
         tokio::task::spawn_blocking(move || process::drop_from_cache(&data)).await??;

@@ -49,7 +49,7 @@ pub(super) async fn measure<D: Driver>(
     let driver = D::open(&session.address, session.level).await?;
     let topic = create_topic(&driver, work.partitions).await?;
     let consumer = driver.consumer(&topic, topic.share_of(0, 1)).await?;
-    let gathering = Gathering { batch_bytes: BATCH_BYTES, in_flight: MAX_PENDING };
+    let gathering = Gathering { batch_bytes: BATCH_BYTES, in_flight: MAX_PENDING, keys: 0 };
     let producer = driver.producer(&topic, 0, gathering).await?;
     let schedule = Schedule::new(Instant::now(), rate);
 

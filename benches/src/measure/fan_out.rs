@@ -25,7 +25,7 @@ pub(super) async fn measure<D: Driver>(session: &Session, work: &FanOut) -> anyh
         let consumer = driver.consumer(&topic, topic.share_of(0, 1)).await?;
         readers.spawn(read(consumer, delivered.clone(), task, work.record_bytes));
     }
-    let gathering = Gathering { batch_bytes: work.batch_bytes, in_flight: work.in_flight };
+    let gathering = Gathering { batch_bytes: work.batch_bytes, in_flight: work.in_flight, keys: 0 };
     let load = Load {
         value: value(work.record_bytes),
         in_flight: work.in_flight,

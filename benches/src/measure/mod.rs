@@ -107,9 +107,7 @@ async fn run<D: Driver>(session: Session, case: Case) -> anyhow::Result<Row> {
             consume::measure::<D>(&session, work, *consumers, *cache).await
         }
         Case::EndToEnd { work, rate, .. } => end_to_end::measure::<D>(&session, work, *rate).await,
-        Case::Share { work, members, receive } => {
-            share::measure::<D>(&session, work, *members, *receive).await
-        }
+        Case::Share { work, members, way } => share::measure::<D>(&session, work, *members, *way).await,
         Case::FanOut(work) => fan_out::measure::<D>(&session, work).await,
         Case::Footprint(_) => anyhow::bail!("a footprint starts its servers itself"),
     }

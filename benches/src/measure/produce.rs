@@ -25,8 +25,9 @@ pub(super) async fn fill<D: Driver>(
     records: u64,
     record_bytes: usize,
     batch_bytes: usize,
+    keys: u32,
 ) -> anyhow::Result<u64> {
-    let gathering = Gathering { batch_bytes, in_flight: FILL_IN_FLIGHT };
+    let gathering = Gathering { batch_bytes, in_flight: FILL_IN_FLIGHT, keys };
     let mut producer = driver.producer(topic, 0, gathering).await?;
     let value = value(record_bytes);
     let began = Instant::now();
@@ -151,6 +152,7 @@ pub(super) async fn measure<D: Driver>(
     let gathering = Gathering {
         batch_bytes: work.batch_bytes,
         in_flight: producers.in_flight * producers.block_records.unwrap_or(1),
+        keys: 0,
     };
     let window = Arc::new(Window::new(producers.connections as usize));
     let value = value(work.record_bytes);

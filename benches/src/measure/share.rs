@@ -11,21 +11,22 @@ use super::window::{Span, Window};
 use super::{Session, create_topic, join, produce, unique};
 use crate::driver::{Driver, Members, Progress};
 use crate::row::Row;
-use crate::workload::{Receive, Share};
+use crate::workload::{Share, Way};
 
 pub(super) async fn measure<D: Driver>(
     session: &Session,
     work: &Share,
     members: u32,
-    receive: Receive,
+    way: Way,
 ) -> anyhow::Result<Row> {
     let driver = Arc::new(D::open(&session.address, session.level).await?);
     let topic = create_topic(&*driver, work.partitions).await?;
     let records = session.effort.records(work.records);
-    let records = produce::fill(&*driver, &topic, records, work.record_bytes, work.batch_bytes).await?;
+    let (size, batch) = (work.record_bytes, work.batch_bytes);
+    let records = produce::fill(&*driver, &topic, records, size, batch, way.keys).await?;
     let group = unique("bench-group");
     let prefetch = work.prefetch;
-    let everyone = move |index| Members { index, count: members, prefetch };
+    let everyone = move |index| Members { index, count: members, prefetch, way };
     driver.create_group(&topic, &group, everyone(0)).await?;
 
     let window = Arc::new(Window::new(members as usize));
@@ -34,7 +35,7 @@ pub(super) async fn measure<D: Driver>(
     for index in 0..members {
         let progress = Progress { window: window.clone(), task: index as usize, stopped: stopped.clone() };
         let (driver, topic, group) = (driver.clone(), topic.clone(), group.clone());
-        tasks.spawn(async move { driver.work(&topic, &group, everyone(index), receive, progress).await });
+        tasks.spawn(async move { driver.work(&topic, &group, everyone(index), progress).await });
     }
     let span = Span {
         warm_up: session.effort.warm_up(work.warm_up_seconds),

@@ -38,6 +38,15 @@ pub enum Level {
     Written,
 }
 
+impl From<Level> for message::Level {
+    fn from(level: Level) -> Self {
+        match level {
+            Level::Synced => Self::Synced,
+            Level::Written => Self::Written,
+        }
+    }
+}
+
 /// Where a record is, and how durable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ack {

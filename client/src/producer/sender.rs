@@ -8,9 +8,9 @@ use felucca_protocol::{Api, ErrorCode, message};
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 
+use super::Shared;
 use super::accumulator::Sent;
 use super::lane::Identity;
-use super::{Level, Shared};
 use crate::backoff::Backoff;
 use crate::client::Client;
 use crate::error::{Error, Result};
@@ -118,10 +118,7 @@ impl Sender {
     }
 
     fn request(&self, batches: &[Sent]) -> Result<crate::link::InFlight> {
-        let level = match self.shared.settings.level {
-            Level::Synced => message::Level::Synced,
-            Level::Written => message::Level::Written,
-        };
+        let level = message::Level::from(self.shared.settings.level);
         let entries = {
             let accumulator = self.shared.accumulator.lock();
             let entry = |sent: &Sent| {

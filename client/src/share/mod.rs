@@ -23,6 +23,7 @@ use tokio::task::JoinHandle;
 
 use crate::client::Client;
 use crate::error::{Error, Result};
+use crate::producer::Level;
 pub use delivery::{Delivery, Lease, Nack, Reject, SettleResult};
 use settler::Settler;
 use task::Task;
@@ -45,6 +46,7 @@ struct Settings {
     prefetch: u32,
     prefetch_bytes: u32,
     drain_timeout: Duration,
+    level: Level,
 }
 
 impl ShareConsumerBuilder {
@@ -56,6 +58,7 @@ impl ShareConsumerBuilder {
             prefetch: 64,
             prefetch_bytes: 8 << 20,
             drain_timeout: Duration::from_secs(30),
+            level: Level::Synced,
         };
         Self { client, settings }
     }
@@ -71,6 +74,14 @@ impl ShareConsumerBuilder {
     #[must_use]
     pub fn prefetch(mut self, records: u32) -> Self {
         self.settings.prefetch = records.max(1);
+        self
+    }
+
+    /// When a settlement is answered; default [`Level::Synced`]. One that was answered as written may be forgotten when the
+    /// broker's machine loses its power, and its record is then delivered once more.
+    #[must_use]
+    pub fn level(mut self, level: Level) -> Self {
+        self.settings.level = level;
         self
     }
 
@@ -104,7 +115,7 @@ impl ShareConsumerBuilder {
         let concurrency = u32::try_from(self.settings.concurrency).unwrap_or(u32::MAX);
         self.settings.prefetch = self.settings.prefetch.max(concurrency);
         let (group, member_id) = (self.settings.group.clone(), self.settings.member_id.clone());
-        let settler = Settler::start(self.client, group, member_id);
+        let settler = Settler::start(self.client, group, member_id, self.settings.level);
         // Bounded by the prefetch.
         let (sender, deliveries) = mpsc::unbounded_channel();
         let mut task = Task::new(&settler, self.settings.clone(), sender);

@@ -21,6 +21,7 @@ use super::leases::Leases;
 use crate::backoff::Backoff;
 use crate::client::Client;
 use crate::error::{Error, Result};
+use crate::producer::Level;
 
 /// Settlements of one request at most, by number and by bytes.
 const MAX_SETTLEMENTS: usize = 10_000;
@@ -63,6 +64,7 @@ pub(super) struct Core {
     pub(super) client: Client,
     pub(super) group: String,
     pub(super) member_id: String,
+    level: Level,
     pub(super) leases: Leases,
     /// Nobody can settle any more, and all settlements are answered.
     pub(super) ended: CancellationToken,
@@ -86,10 +88,10 @@ pub(super) struct Settler {
 }
 
 impl Settler {
-    pub(super) fn start(client: Client, group: String, member_id: String) -> Arc<Self> {
+    pub(super) fn start(client: Client, group: String, member_id: String, level: Level) -> Arc<Self> {
         let (queue, queued) = mpsc::unbounded_channel();
         let (leases, ended) = (Leases::default(), CancellationToken::new());
-        let core = Arc::new(Core { client, group, member_id, leases, ended });
+        let core = Arc::new(Core { client, group, member_id, level, leases, ended });
         tokio::spawn(run(core.clone(), queued));
         Arc::new(Self { core, queue })
     }
@@ -187,7 +189,7 @@ fn request(core: &Core, batch: &mut [Queued]) -> message::Settle {
         group: core.group.clone(),
         member_id: core.member_id.clone(),
         batches: batches.collect(),
-        level: message::Level::Synced.into(),
+        level: message::Level::from(core.level).into(),
     }
 }
 
