@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
 use felucca_protocol::batch::{self, BatchLimits};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -243,58 +242,4 @@ pub enum SeekTarget {
     To(SeekTo),
     /// The first record at or after this time (Unix ms), or the end.
     Timestamp(i64),
-}
-
-/// The records at `offsets` (ascending) of a partition, as batches that hold nothing else.
-///
-/// Answered without waiting when all are in memory. Dropping the future is safe.
-///
-/// # Errors
-/// One of them cannot be read; which, and why.
-pub async fn read_exactly(view: &Arc<ReadView>, offsets: &[u64]) -> Result<Vec<Bytes>, ExactReadError> {
-    /// Small, because leased records may lie far apart.
-    const READ_BYTES: usize = 256 << 10;
-    let mut found = Vec::new();
-    let mut rest = offsets;
-    while let Some(&first) = rest.first() {
-        let batches = view
-            .fetch(first, READ_BYTES)
-            .await
-            .map_err(|cause| ExactReadError::Read { offset: first, cause })?;
-        let before = rest.len();
-        for bytes in batches {
-            let corrupt = |cause| ExactReadError::Batch { offset: first, cause };
-            let header = batch::BatchHeader::parse(&bytes).map_err(corrupt)?;
-            let within = rest.partition_point(|offset| *offset <= header.last_offset());
-            if within > 0 {
-                let (wanted, later) = rest.split_at(within);
-                found.push(batch::filter(&bytes, wanted).map_err(corrupt)?);
-                rest = later;
-            }
-        }
-        if rest.len() == before {
-            return Err(ExactReadError::Missing { offset: first });
-        }
-    }
-    Ok(found)
-}
-
-/// Why [`read_exactly`] found less than it was asked for.
-#[derive(Debug, thiserror::Error)]
-pub enum ExactReadError {
-    #[error("offset {offset}: {cause}")]
-    Read { offset: u64, cause: ReadError },
-    #[error("offset {offset}: {cause}")]
-    Batch { offset: u64, cause: batch::BatchError },
-    #[error("offset {offset} is not there")]
-    Missing { offset: u64 },
-}
-
-impl ExactReadError {
-    /// The record that could not be read, or the first of those in its batch.
-    pub fn offset(&self) -> u64 {
-        match self {
-            Self::Read { offset, .. } | Self::Batch { offset, .. } | Self::Missing { offset } => *offset,
-        }
-    }
 }

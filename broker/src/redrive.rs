@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use crate::broker::{Broker, BrokerError, read_exactly};
+use crate::broker::{Broker, BrokerError};
 use crate::engine::command::{
     AppendEntry, Command, FailureDetail, LeaseRef, Outcome, Settlement, StagedBatch,
 };
@@ -345,8 +345,8 @@ impl<'a> Job<'a> {
 
     async fn read(&self, delivery: &Delivery) -> Result<Vec<Record>, RedriveError> {
         let view = self.broker.view(delivery.partition)?;
-        let offsets: Vec<u64> = delivery.records.iter().map(|record| record.offset).collect();
-        match read_exactly(&view, &offsets).await {
+        let offsets = delivery.records.iter().map(|record| record.offset).collect();
+        match view.read_exactly(offsets).await {
             Ok(batches) => {
                 let records = batches.iter().filter_map(|batch| batch::records(batch).ok()).flatten();
                 Ok(records.filter_map(Result::ok).collect())

@@ -6,10 +6,12 @@
 use std::path::Path;
 use std::time::Duration;
 
+use bytes::Bytes;
 use felucca_broker::byte_size::ByteSize;
 use felucca_broker::server::Server;
 use felucca_broker::settings::ServerSettings;
 use felucca_client::{Client, ErrorCode, Nack, Record, RedriveTarget, Reject, SettleStatus};
+use futures::future::try_join_all;
 use tokio::time::timeout;
 
 async fn start(settings: ServerSettings) -> (Server, Client) {
@@ -128,5 +130,35 @@ async fn a_lease_lives_through_a_restart_of_the_broker_and_is_settled_under_its_
     let described = other.admin().describe_group("payment").await.unwrap();
     let orders = described.partitions.iter().find(|one| one.topic == "orders").unwrap();
     assert_eq!((orders.acked, orders.failures, orders.deliveries), (1, 0, 1));
+    server.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_that_asks_for_much_that_is_on_disk_gets_all_of_it() {
+    const RECORDS: usize = 16_000;
+    let dir = tempfile::tempdir().unwrap();
+    let (server, client) =
+        start(ServerSettings { tail_cache_bytes: ByteSize::mib(1), ..settings(dir.path()) }).await;
+    client.admin().create_topic("orders", 16, &[]).await.unwrap();
+    client.admin().create_share_group("payment", &["orders"], &[]).await.unwrap();
+    let producer = client.producer().build().await.unwrap();
+    let value = Bytes::from(vec![b'x'; 4 << 10]);
+    for _ in 0..RECORDS / 1_000 {
+        let record = |key: usize| Record::new("orders", value.clone()).key(key.to_string());
+        let sends = (0..1_000).map(|at| producer.send(record(at)));
+        soon(try_join_all(sends)).await.unwrap();
+    }
+    // Every push takes several readings of the disk, and there are more pushes than may read at a time.
+    let prefetch = (RECORDS as u32, 256 << 20);
+    let mut payment = client
+        .share_consumer("payment")
+        .prefetch(prefetch.0)
+        .prefetch_bytes(prefetch.1)
+        .build()
+        .await
+        .unwrap();
+    for _ in 0..RECORDS {
+        soon(payment.next()).await.unwrap();
+    }
     server.shutdown().await;
 }

@@ -11,10 +11,11 @@
 //! in large pieces, and synced only for the checkpoint.
 //!
 //! Order of reading: `view` (what readers see), `tail`, `segment`, `walk` (reading and proving), `index`, `queue`,
-//! `writer` (its front), `thread` (what it does), `scan` (looking into batches); `inspect` looks at segment files from
+//! `writer` (its front), `thread` (what it does), `scan` (looking into batches), `exact` (single records out of them); `inspect` looks at segment files from
 //! outside.
 
 mod error;
+mod exact;
 mod files;
 mod index;
 mod inspect;
@@ -32,6 +33,7 @@ mod walk;
 mod writer;
 
 pub use error::{LogFailure, ReadError};
+pub use exact::ExactReadError;
 pub use inspect::{Flaw, Inspected, SegmentFile};
 pub use scan::{Scanned, read_record, scan, scan_memory};
 pub use view::ReadView;

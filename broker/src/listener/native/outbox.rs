@@ -199,11 +199,11 @@ pub(super) async fn write_all(
                     convert::encode_reply(&mut gathered.buffer, token.tag, token.correlation, answer.reply);
                     gathered.origins.extend(answer.origin);
                     for delivery in ready {
-                        shares.send(outbox, delivery).await;
+                        shares.send(outbox, delivery);
                     }
                 }
                 Outgoing::Delivery(delivery) => {
-                    if let Some(frames) = shares.deliver(outbox, delivery).await {
+                    if let Some(frames) = shares.deliver(outbox, delivery) {
                         for frame in frames {
                             gathered.frame(frame);
                         }

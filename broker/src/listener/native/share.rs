@@ -6,7 +6,6 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::task::Poll;
 
 use bytes::Bytes;
 use felucca_protocol::Api;
@@ -16,10 +15,11 @@ use parking_lot::Mutex;
 
 use super::convert;
 use super::outbox::{OutFrame, Outbox};
-use crate::broker::{Broker, read_exactly};
+use crate::broker::Broker;
 use crate::engine::command::{Command, FailureDetail, LeaseRef, Outcome, Settlement};
 use crate::engine::effect::{Delivery, Reply};
 use crate::engine::types::{LeaseId, Level, SubscriptionId};
+use crate::log::{ExactReadError, ReadView};
 use crate::shard::{Submission, Token};
 
 /// Payload of one push, unless a single batch is larger.
@@ -109,7 +109,7 @@ impl Shares {
     }
 
     /// The pushes for leased records; `None` when they will be queued later, or there is nobody to push to.
-    pub(super) async fn deliver(&self, outbox: &Arc<Outbox>, delivery: Delivery) -> Option<Vec<OutFrame>> {
+    pub(super) fn deliver(&self, outbox: &Arc<Outbox>, delivery: Delivery) -> Option<Vec<OutFrame>> {
         let (id, member) = {
             let mut entries = self.entries.lock();
             let entry = entries.get_mut(&delivery.subscription)?;
@@ -119,15 +119,26 @@ impl Shares {
             }
             (entry.id, entry.member.clone())
         };
-        let mut reading = Box::pin(pushes(self.broker.clone(), id, member, delivery));
-        if let Poll::Ready(frames) = futures::poll!(reading.as_mut()) {
-            return Some(frames);
+        let view = match self.broker.view(delivery.partition) {
+            Ok(view) => view,
+            Err(error) => {
+                // The topic was deleted meanwhile, and the leases with it.
+                tracing::debug!(partition = %delivery.partition, %error, "leased records are gone");
+                return None;
+            }
+        };
+        let reading = Reading { broker: self.broker.clone(), id, member, view, delivery };
+        let offsets: Vec<u64> = reading.delivery.records.iter().map(|record| record.offset).collect();
+        if let Some(read) = reading.view.read_exactly_from_memory(&offsets).transpose() {
+            return Some(reading.frames(read));
         }
         let outbox = outbox.clone();
-        // Ends by itself: the disk answers, and the outbox has room or is closed.
+        // Ends by itself: the disk answers, and the outbox has room or is closed. In this order: whoever has a turn at the
+        // disk never waits for the outbox.
         tokio::spawn(async move {
             let _turn = outbox.room().await;
-            for frame in reading.await {
+            let read = reading.view.read_exactly(offsets).await;
+            for frame in reading.frames(read) {
                 outbox.send(frame);
             }
         });
@@ -135,37 +146,39 @@ impl Shares {
     }
 
     /// As [`Self::deliver`], queueing the pushes.
-    pub(super) async fn send(&self, outbox: &Arc<Outbox>, delivery: Delivery) {
-        for frame in self.deliver(outbox, delivery).await.into_iter().flatten() {
+    pub(super) fn send(&self, outbox: &Arc<Outbox>, delivery: Delivery) {
+        for frame in self.deliver(outbox, delivery).into_iter().flatten() {
             outbox.send(frame);
         }
     }
 }
 
-/// Reads leased records and makes them into pushes. None when they cannot be read.
-async fn pushes(broker: Broker, id: u64, member: Arc<Member>, delivery: Delivery) -> Vec<OutFrame> {
-    let offsets: Vec<u64> = delivery.records.iter().map(|record| record.offset).collect();
-    let view = match broker.view(delivery.partition) {
-        Ok(view) => view,
-        Err(error) => {
-            // The topic was deleted meanwhile, and the leases with it.
-            tracing::debug!(partition = %delivery.partition, %error, "leased records are gone");
-            return Vec::new();
-        }
-    };
-    match read_exactly(&view, &offsets).await {
-        Ok(batches) => frames(id, &delivery, batches),
-        Err(error) => {
-            let partition = delivery.partition;
-            tracing::error!(topic = %view.topic(), %partition, %error, group = member.group, "cannot read leased records");
-            let detail = FailureDetail {
-                class: "unreadable".to_owned(),
-                reason: "the broker cannot read the record".to_owned(),
-                detail: error.to_string(),
-            };
-            broker.submit([give_back(&member, &delivery, error.offset(), &detail)]);
-            Vec::new()
-        }
+/// Leased records that are being read.
+#[derive(Debug)]
+struct Reading {
+    broker: Broker,
+    id: u64,
+    member: Arc<Member>,
+    view: Arc<ReadView>,
+    delivery: Delivery,
+}
+
+impl Reading {
+    /// The pushes for what was read. None when it cannot be read.
+    fn frames(&self, read: Result<Vec<Bytes>, ExactReadError>) -> Vec<OutFrame> {
+        let error = match read {
+            Ok(batches) => return frames(self.id, &self.delivery, batches),
+            Err(error) => error,
+        };
+        let (topic, partition, group) = (self.view.topic(), self.delivery.partition, &self.member.group);
+        tracing::error!(%topic, %partition, %error, group, "cannot read leased records");
+        let detail = FailureDetail {
+            class: "unreadable".to_owned(),
+            reason: "the broker cannot read the record".to_owned(),
+            detail: error.to_string(),
+        };
+        self.broker.submit([give_back(&self.member, &self.delivery, error.offset(), &detail)]);
+        Vec::new()
     }
 }
 
