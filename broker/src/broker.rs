@@ -186,8 +186,7 @@ impl Broker {
     /// Timestamp of the first record at or after `offset`, if it can be read.
     async fn timestamp_of(&self, partition: PartitionKey, offset: u64) -> Option<i64> {
         let view = self.inner.views.get(partition)?;
-        let offset = offset.max(view.log_start());
-        let batches = view.fetch(offset, 1).await.ok()?;
+        let batches = view.fetch_kept(offset, 1).await.ok()?;
         let scan = batch::scan(batches.first()?).ok()?;
         scan.iter()
             .filter_map(Result::ok)

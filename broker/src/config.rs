@@ -144,6 +144,11 @@ pub static KEYS: &[Key] = &[
         "Size of a segment, unless its topic says otherwise",
     ),
     key(
+        "retention.check-interval",
+        Kind::Time(|s| &mut s.retention.check_interval, Duration::from_millis(100), HOUR),
+        "How often it is looked what the retention of topics wants deleted",
+    ),
+    key(
         "unwritten-bytes",
         Kind::Bytes(|s| &mut s.unwritten_bytes, ByteSize::mib(1), ByteSize::gib(64)),
         "Bytes journaled and not yet in segments before producers wait",

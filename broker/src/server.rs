@@ -183,6 +183,7 @@ fn storage_options(settings: &ServerSettings) -> StorageOptions {
     StorageOptions {
         engine: EngineSettings {
             segment_bytes: settings.segment.bytes.0,
+            retention_interval: settings.retention.check_interval,
             session_timeout: settings.session_timeout,
             max_topics: limits.topics,
             max_partitions: limits.partitions,

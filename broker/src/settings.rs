@@ -58,6 +58,7 @@ pub struct ServerSettings {
     pub shutdown_timeout: Duration,
     pub journal: JournalSettings,
     pub segment: SegmentSettings,
+    pub retention: RetentionSettings,
     /// Bytes journaled and not yet written to segments; beyond it producers wait.
     pub unwritten_bytes: ByteSize,
     /// Memory for the most recent batches of all partitions, so that readers near the end need no disk.
@@ -88,6 +89,13 @@ pub struct JournalSettings {
 pub struct SegmentSettings {
     /// Size at which a partition goes on in a new segment, unless its topic says otherwise.
     pub bytes: ByteSize,
+}
+
+/// The end of records.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RetentionSettings {
+    /// How often it is looked what the retention of topics wants deleted.
+    pub check_interval: Duration,
 }
 
 /// When state is checkpointed; whichever comes first.
@@ -144,6 +152,7 @@ impl Default for ServerSettings {
                 sync_interval: Duration::from_millis(50),
             },
             segment: SegmentSettings { bytes: ByteSize::mib(256) },
+            retention: RetentionSettings { check_interval: Duration::from_secs(10) },
             unwritten_bytes: ByteSize::mib(64),
             tail_cache_bytes: ByteSize::mib(64),
             share_state_bytes: ByteSize::gib(1),

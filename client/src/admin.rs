@@ -139,6 +139,18 @@ impl Admin {
         Ok(topic)
     }
 
+    /// Deletes the records of a partition below the offset `before` (at most the high watermark), for every reader; answers where the
+    /// log starts now. What a share group has in hand it keeps; what it was never given expires. Offsets are never used again.
+    ///
+    /// # Errors
+    /// Topic or partition is unknown; [`ErrorCode::OffsetOutOfRange`](crate::ErrorCode::OffsetOutOfRange) above the high watermark.
+    pub async fn delete_records(&self, topic: &str, partition: u32, before: u64) -> Result<u64> {
+        let request = message::DeleteRecords { topic: topic.to_owned(), partition, before };
+        // The same again changes nothing.
+        let reply: message::DeleteRecordsReply = self.look(Api::DeleteRecords, &request).await?;
+        Ok(reply.log_start)
+    }
+
     fn topic_reply(&self, reply: message::TopicReply) -> Result<Topic> {
         reply.topic.map(Topic::from_message).ok_or_else(|| missing("the topic"))
     }

@@ -64,7 +64,7 @@ pub use admin::{
     TopicKind,
 };
 pub use client::{Client, ClientBuilder};
-pub use consumer::{Consumer, ConsumerBuilder, Start};
+pub use consumer::{Consumer, ConsumerBuilder, OutOfRange, Start};
 pub use error::{Error, Result};
 pub use felucca_protocol::ErrorCode;
 pub use felucca_protocol::batch::Compression;

@@ -20,6 +20,8 @@ pub enum Api {
     AlterTopic = 11,
     /// `DeleteTopic` → `TopicReply`
     DeleteTopic = 12,
+    /// `DeleteRecords` → `DeleteRecordsReply`
+    DeleteRecords = 13,
     /// `InitProducer` → `InitProducerReply`
     InitProducer = 20,
     /// `Produce` with batches → `ProduceReply`
@@ -81,7 +83,7 @@ pub struct UnknownApi(pub u8);
 
 impl Api {
     /// Every request and push, ascending by number.
-    pub const ALL: [Self; 33] = [
+    pub const ALL: [Self; 34] = [
         Self::Hello,
         Self::Ping,
         Self::Metadata,
@@ -89,6 +91,7 @@ impl Api {
         Self::CreateTopic,
         Self::AlterTopic,
         Self::DeleteTopic,
+        Self::DeleteRecords,
         Self::InitProducer,
         Self::Produce,
         Self::Fetch,

@@ -80,7 +80,7 @@ fn an_idle_group_forgets() {
 }
 
 #[test]
-fn a_group_goes_on_above_what_the_log_lost() {
+fn a_group_goes_on_above_what_was_deleted() {
     let _alone = alone();
-    bounds::a_group_goes_on_above_what_the_log_lost();
+    bounds::a_group_goes_on_above_what_was_deleted();
 }

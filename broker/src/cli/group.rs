@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::output::{Column, Format, or_dash, print_json, print_line, print_table, show_millis};
 use super::parse::{Pair, Place, borrowed};
+use crate::byte_size::ByteSize;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Group {
@@ -134,6 +135,7 @@ struct Totals {
     discarded: u64,
     skipped: u64,
     expired: u64,
+    pinned_bytes: u64,
     deliveries: u64,
     failures: u64,
     /// Limits that some partition has reached.
@@ -168,6 +170,7 @@ struct Partition<'a> {
     discarded: u64,
     skipped: u64,
     expired: u64,
+    pinned_bytes: u64,
     deliveries: u64,
     failures: u64,
     alarms: Vec<&'static str>,
@@ -310,6 +313,7 @@ impl<'a> Shown<'a> {
             totals.discarded += one.discarded;
             totals.skipped += one.skipped;
             totals.expired += one.expired;
+            totals.pinned_bytes += one.pinned_bytes;
             totals.deliveries += one.deliveries;
             totals.failures += one.failures;
             totals.alarms.extend(one.alarms().map(alarm));
@@ -339,6 +343,7 @@ impl<'a> Shown<'a> {
             discarded: one.discarded,
             skipped: one.skipped,
             expired: one.expired,
+            pinned_bytes: one.pinned_bytes,
             deliveries: one.deliveries,
             failures: one.failures,
             alarms: one.alarms().map(alarm).collect(),
@@ -372,6 +377,9 @@ fn describe(group: &GroupDescription, format: Format) -> anyhow::Result<()> {
     print_line(&format!("group  {}\nkind   {}\nstate  {state}", shown.group, shown.kind))?;
     print_line(&format!("lag    {}", shown.totals.lag))?;
     print_line(&format!("oldest {}", or_dash(shown.totals.oldest_unsettled_ms.map(show_millis))))?;
+    if shown.totals.pinned_bytes > 0 {
+        print_line(&format!("pinned {} below the log start", ByteSize(shown.totals.pinned_bytes)))?;
+    }
     if let Some(outage) = &shown.outage {
         let (limit, next) = (outage.limit, show_millis(outage.next_probe_ms));
         print_line(&format!("outage {limit} leases at a time, next probe in {next}"))?;

@@ -14,11 +14,12 @@ use super::parse::{Pair, borrowed};
 pub(super) enum Topic {
     /// Create a topic
     #[command(after_help = "\
-Settings: segment-bytes, allow-written, visibility.
+Settings: segment-bytes, allow-written, visibility, retention, retention-bytes.
 
 Examples:
   felucca topic create orders --partitions 4
-  felucca topic create clicks --partitions 8 --config allow-written=true --config segment-bytes=64MiB")]
+  felucca topic create clicks --partitions 8 --config allow-written=true --config segment-bytes=64MiB
+  felucca topic create audit --config retention=30days --config retention-bytes=10GiB")]
     Create {
         name: String,
         /// Number of partitions; records of one key stay in one partition
@@ -42,6 +43,20 @@ Examples:
         #[arg(long, required = true, value_name = "KEY=VALUE")]
         config: Vec<Pair>,
     },
+    /// Delete the oldest records of a partition, for every reader
+    #[command(after_help = "\
+Records that a share group has in hand stay until it is done with them; those that it was never given expire.
+
+Example:
+  felucca topic delete-records orders --partition 2 --before 1000")]
+    DeleteRecords {
+        name: String,
+        #[arg(long, value_name = "N")]
+        partition: u32,
+        /// The first offset to keep, at most the high watermark
+        #[arg(long, value_name = "OFFSET")]
+        before: u64,
+    },
     /// Delete a topic and its records
     #[command(after_help = "Example:\n  felucca topic delete orders")]
     Delete { name: String },
@@ -64,6 +79,13 @@ struct Partition {
     log_start: u64,
     high_watermark: u64,
     bytes: u64,
+}
+
+#[derive(Serialize)]
+struct Deleted<'a> {
+    topic: &'a str,
+    partition: u32,
+    log_start: u64,
 }
 
 fn show_id(id: &[u8]) -> String {
@@ -113,6 +135,10 @@ impl Topic {
                 done(&admin.alter_topic(&name, &borrowed(&config)).await?, format, "changed")
             }
             Self::Delete { name } => done(&admin.delete_topic(&name).await?, format, "deleted"),
+            Self::DeleteRecords { name, partition, before } => {
+                let log_start = admin.delete_records(&name, partition, before).await?;
+                deleted(&name, partition, log_start, format)
+            }
             Self::List => list(&admin.topics().await?, format),
             Self::Describe { name } => {
                 let topic = admin.topic(&name).await?;
@@ -121,6 +147,14 @@ impl Topic {
             }
         }
     }
+}
+
+fn deleted(topic: &str, partition: u32, log_start: u64, format: Format) -> anyhow::Result<()> {
+    match format {
+        Format::Json => print_json(&Deleted { topic, partition, log_start })?,
+        Format::Table => print_line(&format!("partition {partition} of topic {topic} starts at {log_start}"))?,
+    }
+    Ok(())
 }
 
 fn done(topic: &Described, format: Format, what: &str) -> anyhow::Result<()> {

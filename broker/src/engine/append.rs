@@ -97,14 +97,8 @@ impl Engine {
         };
         let Some(partition) = self.partitions.get(&key) else { return (0, Level::Synced) };
         let (topic_id, index) = (key.topic.0.to_vec(), key.partition);
-        if let Some(segment) = partition.next_segment(batch.bytes.len() as u64, config.segment_bytes) {
-            let added = event::SegmentAdded {
-                topic_id: topic_id.clone(),
-                partition: index,
-                base_offset: segment.base_offset,
-                generation: segment.generation,
-            };
-            self.stage_event(Kind::SegmentAdded(added), out);
+        if partition.is_full(batch.bytes.len() as u64, config.segment_bytes) {
+            self.begin_segment(key, out);
         }
         if config.allow_written
             && let Some(partition) = self.partitions.get(&key)
@@ -118,7 +112,7 @@ impl Engine {
         partition.assign(&mut batch.bytes);
         batch.header.base_offset = partition.end;
         let bytes = batch.bytes.freeze();
-        let write = partition.append(&batch.header, bytes.clone(), self.settings.max_producers_per_partition);
+        let write = partition.append(&batch.header, bytes.clone(), self.wall_ms, self.settings.max_producers_per_partition);
         let high_watermark = partition.end;
         let may_show = partition.may_show(high_watermark);
         self.desk.dirty.insert(super::stage::RowKey::Partition(key));

@@ -110,6 +110,12 @@ pub enum Command {
     DeleteTopic {
         name: String,
     },
+    /// Deletes the records of a partition below an offset, at most the high watermark.
+    DeleteRecords {
+        topic: String,
+        partition: u32,
+        before: u64,
+    },
     /// No names = every topic.
     Metadata {
         names: Vec<String>,
@@ -215,14 +221,13 @@ pub enum Command {
     },
 
     // Answers to the engine's own effects. No reply.
-    /// `records` are all that exist in `begun..next`; what is missing in between does not exist.
+    /// `records` are all that exist in `from..next`; what is missing in between does not exist.
     Scanned {
         group: String,
         partition: PartitionKey,
         /// As asked.
         from: u64,
         /// `from`, or where the log begins when that is above: what was below is lost.
-        begun: u64,
         next: u64,
         records: Vec<ScannedRecord>,
     },

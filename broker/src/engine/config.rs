@@ -13,6 +13,8 @@ use crate::byte_size::ByteSize;
 pub struct EngineSettings {
     /// Size at which a partition goes on in a new segment, unless its topic says otherwise. Bytes.
     pub segment_bytes: u64,
+    /// How often it is looked what retention wants deleted.
+    pub retention_interval: Duration,
     /// A member of a group is lost when nothing was heard of it for so long.
     pub session_timeout: Duration,
     pub max_topics: u64,
@@ -39,6 +41,7 @@ impl Default for EngineSettings {
     fn default() -> Self {
         Self {
             segment_bytes: 256 << 20,
+            retention_interval: Duration::from_secs(10),
             session_timeout: Duration::from_secs(10),
             max_topics: 10_000,
             max_partitions: 100_000,
@@ -54,9 +57,11 @@ impl Default for EngineSettings {
     }
 }
 
-const TOPIC_KEYS: &[&str] = &["segment-bytes", "allow-written", "visibility", "retention"];
+const TOPIC_KEYS: &[&str] = &["segment-bytes", "allow-written", "visibility", "retention", "retention-bytes"];
 /// A retention without end.
 const FOREVER: &str = "forever";
+/// A size without bound.
+const UNLIMITED: &str = "unlimited";
 
 /// Settings of one topic.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,8 +71,10 @@ pub(crate) struct TopicConfig {
     pub(crate) allow_written: bool,
     /// The level at which records become visible to readers.
     pub(crate) visibility: Level,
-    /// How long records are to be kept, in milliseconds; `None` = for ever. Kept on record: nothing is deleted by it yet.
+    /// How long records are kept at least, in milliseconds; `None` = for ever.
     pub(crate) retention_ms: Option<u64>,
+    /// Bytes of the newest records that are kept of a partition at least; `None` = all.
+    pub(crate) retention_bytes: Option<u64>,
 }
 
 impl TopicConfig {
@@ -77,6 +84,7 @@ impl TopicConfig {
             allow_written: false,
             visibility: Level::Synced,
             retention_ms: None,
+            retention_bytes: None,
         }
     }
 
@@ -103,6 +111,11 @@ impl TopicConfig {
                 "retention" => {
                     self.retention_ms = Some(parse_millis(key, value, 60_000, 3_650 * DAY_MS)?);
                 }
+                "retention-bytes" if value == UNLIMITED => self.retention_bytes = None,
+                "retention-bytes" => {
+                    let most = ByteSize::gib(1 << 20);
+                    self.retention_bytes = Some(parse_bytes(key, value, ByteSize::kib(64), most)?);
+                }
                 _ => return Err(unknown_key("topic", key, TOPIC_KEYS)),
             }
         }
@@ -118,11 +131,14 @@ impl TopicConfig {
             || FOREVER.to_owned(),
             |ms| humantime::format_duration(Duration::from_millis(ms)).to_string(),
         );
+        let retention_bytes =
+            self.retention_bytes.map_or_else(|| UNLIMITED.to_owned(), |bytes| ByteSize(bytes).to_string());
         [
             ("segment-bytes", ByteSize(self.segment_bytes).to_string()),
             ("allow-written", self.allow_written.to_string()),
             ("visibility", visibility.to_owned()),
             ("retention", retention),
+            ("retention-bytes", retention_bytes),
         ]
         .map(|(key, value)| (key.to_owned(), value))
         .into()
@@ -482,6 +498,7 @@ mod tests {
                 ("allow-written", "true"),
                 ("visibility", "written"),
                 ("retention", "30days"),
+                ("retention-bytes", "3GiB"),
             ]))
             .unwrap();
         assert_eq!(TopicConfig::new(&EngineSettings::default()).with(&topic.entries()).unwrap(), topic);

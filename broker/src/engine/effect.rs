@@ -164,6 +164,8 @@ pub struct GroupPartitionInfo {
     pub alarms: Vec<ShareAlarm>,
     /// Memory that the group takes here, roughly, in bytes.
     pub memory_bytes: u64,
+    /// Bytes below the log start that are kept for what the group has in hand.
+    pub pinned_bytes: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -205,6 +207,10 @@ pub enum Reply {
     Groups(Vec<GroupListing>),
     Group(GroupDescription),
     DeadLetters(Vec<DeadLetterInfo>),
+    /// Where the log starts now.
+    RecordsDeleted {
+        log_start: u64,
+    },
     /// So many records were made due.
     Kicked {
         records: u64,
@@ -291,6 +297,9 @@ pub struct SegmentWrite {
 pub enum ViewChange {
     Created { partition: PartitionKey, topic: String, first_segment: SegmentName },
     SegmentAdded { segment: SegmentName },
+    LogStartRaised { partition: PartitionKey, log_start: u64 },
+    /// Segments of one partition.
+    SegmentsRemoved { segments: Vec<SegmentName> },
     Removed { partition: PartitionKey },
 }
 

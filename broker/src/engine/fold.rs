@@ -9,7 +9,7 @@ use prost::Message;
 
 use super::catalog::Topic;
 use super::config::{ShareConfig, TopicConfig, from_entries};
-use super::effect::{Effects, ViewChange};
+use super::effect::{Effects, SegmentName, ViewChange};
 use super::event::{self, event::Kind};
 use super::partition::{Partition, Segment};
 use super::share::ShareGroup;
@@ -41,6 +41,7 @@ impl Engine {
     ) -> Result<(), CorruptState> {
         let frame = event::Frame::decode(frame).map_err(|error| CorruptState(format!("frame: {error}")))?;
         self.meta.monotonic_ms = self.meta.monotonic_ms.max(frame.monotonic_ms);
+        self.wall_ms = frame.wall_ms;
         let mut batches = batches.into_iter();
         for event in &frame.events {
             let Some(kind) = &event.kind else {
@@ -118,8 +119,7 @@ impl Engine {
             }
             Kind::SegmentAdded(event) => {
                 let key = partition_key(&event.topic_id, event.partition)?;
-                let segment =
-                    Segment { base_offset: event.base_offset, generation: event.generation, bytes: 0 };
+                let segment = Segment::new(event.base_offset, event.generation);
                 let partition = self.partition_of(key)?;
                 partition.add_segment(segment);
                 out.view_changes.push(ViewChange::SegmentAdded { segment: partition.segment_name(&segment) });
@@ -133,6 +133,31 @@ impl Engine {
             Kind::CeilingRaised(event) => {
                 let key = partition_key(&event.topic_id, event.partition)?;
                 self.partition_of(key)?.ceiling = event.ceiling;
+                self.desk.dirty.insert(RowKey::Partition(key));
+            }
+            Kind::LogStartRaised(event) => {
+                let key = partition_key(&event.topic_id, event.partition)?;
+                let partition = self.partition_of(key)?;
+                if event.log_start < partition.log_start || event.log_start > partition.end {
+                    let (start, end) = (partition.log_start, partition.end);
+                    return corrupt(format!("partition {key}, {start} to {end}, starts at {}", event.log_start));
+                }
+                partition.log_start = event.log_start;
+                out.view_changes
+                    .push(ViewChange::LogStartRaised { partition: key, log_start: event.log_start });
+                self.desk.dirty.insert(RowKey::Partition(key));
+            }
+            Kind::SegmentsRemoved(event) => {
+                let key = partition_key(&event.topic_id, event.partition)?;
+                let partition = self.partition_of(key)?;
+                let mut segments = Vec::with_capacity(event.segments.len());
+                for &event::SegmentRef { base_offset, generation } in &event.segments {
+                    if !partition.remove_segment(base_offset, generation) {
+                        return corrupt(format!("partition {key} has no segment {base_offset}-{generation}"));
+                    }
+                    segments.push(SegmentName { partition: key, base_offset, generation });
+                }
+                out.view_changes.push(ViewChange::SegmentsRemoved { segments });
                 self.desk.dirty.insert(RowKey::Partition(key));
             }
             Kind::ShareStarted(event) => {
@@ -313,7 +338,7 @@ impl Engine {
         let key = partition_key(&event.topic_id, event.partition)?;
         let header =
             BatchHeader::parse(&bytes).map_err(|error| CorruptState(format!("batch of {key}: {error}")))?;
-        let max_producers = self.settings.max_producers_per_partition;
+        let (wall_ms, max_producers) = (self.wall_ms, self.settings.max_producers_per_partition);
         let partition = self.partition_of(key)?;
         if header.base_offset != partition.end {
             return corrupt(format!(
@@ -321,7 +346,7 @@ impl Engine {
                 partition.end, header.base_offset
             ));
         }
-        let write = partition.append(&header, bytes, max_producers);
+        let write = partition.append(&header, bytes, wall_ms, max_producers);
         out.segment_writes.push(write);
         self.desk.dirty.insert(RowKey::Partition(key));
         Ok(())

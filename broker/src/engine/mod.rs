@@ -7,7 +7,7 @@
 //! Invariants: the state is a fold over the events ([`fold`]), live and on replay; events carry decided results, so replay
 //! decides nothing; what is derived (queues, timers, what is visible) is rebuilt by [`Engine::boot`].
 //!
-//! The way of a command: [`topics`], [`append`], [`members`] (consumer groups), [`groups`] (share groups) decide; [`share`]
+//! The way of a command: [`topics`], [`append`], [`retention`], [`members`] (consumer groups), [`groups`] (share groups) decide; [`share`]
 //! holds what is particular to share groups; [`checkpoint`] turns state into rows and back.
 
 mod append;
@@ -24,6 +24,7 @@ mod fold;
 mod groups;
 mod members;
 mod partition;
+mod retention;
 pub mod share;
 mod stage;
 #[cfg(test)]
@@ -152,6 +153,10 @@ pub struct Engine {
     awake: BTreeMap<TopicId, BTreeSet<Arc<str>>>,
     meta: MetaRow,
     desk: Desk,
+    /// Wall time of the frame that is staged or replayed.
+    wall_ms: i64,
+    /// The last partition that a look at retention, which is taken in pieces, has come to.
+    retention_cursor: Option<PartitionKey>,
     /// High watermarks to come: (frame, partition, end), for each level in the order of frames.
     unwritten: VecDeque<(Lsn, PartitionKey, u64)>,
     unsynced: VecDeque<(Lsn, PartitionKey, u64)>,
@@ -173,6 +178,8 @@ impl Engine {
             awake: BTreeMap::new(),
             meta: MetaRow::default(),
             desk,
+            wall_ms: 0,
+            retention_cursor: None,
             unwritten: VecDeque::new(),
             unsynced: VecDeque::new(),
             ceilings: VecDeque::new(),
@@ -227,6 +234,7 @@ impl Engine {
     /// before anything is served. `machine_boot` names the run of the operating system: when it changed without a clean
     /// stop, unsynced writes may be gone, and partitions that had shown unsynced offsets resume above all of them.
     pub fn boot(&mut self, now: Now, lsn: Lsn, machine_boot: &str, out: &mut Effects) {
+        self.wall_ms = now.wall_ms;
         let power_lost = !self.meta.stopped && self.meta.machine_boot != machine_boot;
         let boot_epoch = self.meta.boot_epoch + 1;
         self.stage_event(Kind::Booted(Booted { boot_epoch, machine_boot: machine_boot.to_owned() }), out);
@@ -272,6 +280,7 @@ impl Engine {
             self.check_ends(&name);
         }
         self.watch_consumers(now);
+        self.look_at_retention_in(now, None);
     }
 
     /// Looks whether a group of either kind knows of records that its partitions do not have; it is not served then.
@@ -301,6 +310,7 @@ impl Engine {
         out: &mut Effects,
     ) {
         self.desk.steps += 1;
+        self.wall_ms = now.wall_ms;
         let already_ended = out.ended.len();
         let entropy = config::mix(now.entropy.wrapping_add(self.desk.steps));
         let (reply, level) = self.dispatch(Now { entropy, ..now }, lsn, command, out);
@@ -318,6 +328,9 @@ impl Engine {
             }
             Command::AlterTopic { name, config } => self.alter_topic(&name, &config, out),
             Command::DeleteTopic { name } => self.delete_topic(&name, out),
+            Command::DeleteRecords { topic, partition, before } => {
+                self.delete_records(now, lsn, &topic, partition, before, out)
+            }
             Command::Metadata { names } => Ok(self.metadata(names)),
             Command::InitProducer => Ok(self.init_producer(out)),
             Command::Append { level: asked, entries } => {
@@ -370,10 +383,10 @@ impl Engine {
             Command::Complete { group, member, record, outputs } => {
                 self.complete(now, lsn, &group, &member, &record, outputs, out)
             }
-            Command::Scanned { group, partition, from, begun, next, records } => {
+            Command::Scanned { group, partition, from, next, records } => {
                 if let Some(group) = self.groups.get_mut(group.as_str()) {
                     let mut stage = self.desk.stage(now, lsn, out);
-                    group.scanned(&mut stage, partition, from, begun, next, &records);
+                    group.scanned(&mut stage, partition, from, next, &records);
                 }
                 Ok(Reply::Done)
             }
@@ -427,6 +440,7 @@ impl Engine {
 
     /// Fires what is due.
     pub fn tick(&mut self, now: Now, lsn: Lsn, out: &mut Effects) {
+        self.wall_ms = now.wall_ms;
         let mut due = Vec::new();
         while self.desk.timers.first().is_some_and(|(at, _)| *at <= now.monotonic_ms) {
             due.extend(self.desk.timers.pop_first());
@@ -459,6 +473,7 @@ impl Engine {
                         self.note_awake(&name);
                     }
                 }
+                TimerKey::Retention => self.look_at_retention(now, lsn, out),
                 TimerKey::ConsumerSession(name, member) => {
                     self.consumer_session_timer(now, &name, &member, out);
                 }

@@ -27,6 +27,15 @@ pub(crate) struct Segment {
     pub(crate) base_offset: u64,
     pub(crate) generation: u32,
     pub(crate) bytes: u64,
+    /// Times of the first and of the newest record, Unix ms, as retention counts them; 0 while there is none.
+    pub(crate) first_ms: i64,
+    pub(crate) last_ms: i64,
+}
+
+impl Segment {
+    pub(crate) fn new(base_offset: u64, generation: u32) -> Self {
+        Self { base_offset, generation, bytes: 0, first_ms: 0, last_ms: 0 }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -53,8 +62,11 @@ pub(crate) struct Partition {
     pub(crate) ceiling: u64,
     /// The ceiling that is on the device: derived. What lies below it may be shown before it is synced.
     pub(crate) covered: u64,
-    /// Never empty; the last one is written to.
+    /// Ascending and never empty; the last one is written to. Those that end below the log start are kept for share groups,
+    /// and others may be missing between them.
     pub(crate) segments: Vec<Segment>,
+    /// Of the next segment: names of files are never used again.
+    next_generation: u32,
     producers: BTreeMap<u64, Producer>,
 }
 
@@ -68,7 +80,6 @@ pub(crate) enum Sequence {
 
 impl Partition {
     pub(crate) fn new(key: PartitionKey) -> Self {
-        let first = Segment { base_offset: 0, generation: 0, bytes: 0 };
         Self {
             key,
             epoch: 0,
@@ -76,14 +87,15 @@ impl Partition {
             end: 0,
             ceiling: 0,
             covered: 0,
-            segments: vec![first],
+            segments: vec![Segment::new(0, 0)],
+            next_generation: 1,
             producers: BTreeMap::new(),
         }
     }
 
-    fn active(&self) -> Segment {
-        // The list is never empty: `new` and `from_row` see to it, and segments are only added.
-        self.segments.last().copied().unwrap_or(Segment { base_offset: self.end, generation: 0, bytes: 0 })
+    pub(crate) fn active(&self) -> Segment {
+        // The list is never empty: `new` and `from_row` see to it, and the last one is never removed.
+        self.segments.last().copied().unwrap_or(Segment::new(self.end, self.next_generation))
     }
 
     pub(crate) fn segment_name(&self, segment: &Segment) -> SegmentName {
@@ -114,11 +126,28 @@ impl Partition {
         expect_sequence(producer_id, first, expected)
     }
 
-    /// The segment to add before a batch of `length` bytes is appended, when the active one is full.
-    pub(crate) fn next_segment(&self, length: u64, segment_bytes: u64) -> Option<Segment> {
+    /// Whether the active segment is too full for a batch of `length` bytes.
+    pub(crate) fn is_full(&self, length: u64, segment_bytes: u64) -> bool {
         let active = self.active();
-        let full = active.bytes > 0 && active.bytes + length > segment_bytes;
-        full.then(|| Segment { base_offset: self.end, generation: active.generation + 1, bytes: 0 })
+        active.bytes > 0 && active.bytes + length > segment_bytes
+    }
+
+    /// The segment that would begin at the end.
+    pub(crate) fn following_segment(&self) -> Segment {
+        Segment::new(self.end, self.next_generation)
+    }
+
+    /// The segments with the offset at which each ends (exclusive). A segment may end before that where others were removed
+    /// behind it.
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = (Segment, u64)> {
+        let ends = self.segments.iter().skip(1).map(|next| next.base_offset).chain([self.end]);
+        self.segments.iter().copied().zip(ends)
+    }
+
+    /// The segments that are kept below the log start, with their ends.
+    pub(crate) fn detached(&self) -> impl Iterator<Item = (Segment, u64)> {
+        let sealed = self.segments.len() - 1;
+        self.ranges().take(sealed).take_while(|(_, end)| *end <= self.log_start)
     }
 
     /// The ceiling to raise to before more is shown unsynced, if it is time.
@@ -143,6 +172,7 @@ impl Partition {
         &mut self,
         header: &BatchHeader,
         bytes: bytes::Bytes,
+        wall_ms: i64,
         max_producers: u64,
     ) -> SegmentWrite {
         let last_offset = header.base_offset + u64::from(header.last_offset_delta);
@@ -151,6 +181,12 @@ impl Partition {
         if let Some(active) = self.segments.last_mut() {
             position = active.bytes;
             active.bytes += length;
+            let possible = (0..=wall_ms).contains(&header.max_timestamp);
+            let time = if possible { header.max_timestamp } else { wall_ms };
+            if position == 0 {
+                active.first_ms = time;
+            }
+            active.last_ms = active.last_ms.max(time);
         }
         self.end = last_offset + 1;
         self.remember(header, max_producers);
@@ -193,7 +229,17 @@ impl Partition {
     }
 
     pub(crate) fn add_segment(&mut self, segment: Segment) {
+        self.next_generation = self.next_generation.max(segment.generation + 1);
         self.segments.push(segment);
+    }
+
+    /// Removes a segment, unless it is the one that is written to; false when there is no such one.
+    pub(crate) fn remove_segment(&mut self, base_offset: u64, generation: u32) -> bool {
+        let sealed = self.segments.len() - 1;
+        let found = self.segments[..sealed]
+            .iter()
+            .position(|segment| (segment.base_offset, segment.generation) == (base_offset, generation));
+        found.map(|at| self.segments.remove(at)).is_some()
     }
 
     pub(crate) fn start_epoch(&mut self, epoch: i32, start_offset: u64) {
@@ -218,8 +264,11 @@ impl Partition {
                     base_offset: segment.base_offset,
                     generation: segment.generation,
                     bytes: segment.bytes,
+                    first_ms: segment.first_ms,
+                    last_ms: segment.last_ms,
                 })
                 .collect(),
+            next_generation: self.next_generation,
             producers: self.producers.iter().map(|(id, producer)| producer.to_row(*id)).collect(),
         }
     }
@@ -236,8 +285,15 @@ impl Partition {
         partition.segments = row
             .segments
             .iter()
-            .map(|row| Segment { base_offset: row.base_offset, generation: row.generation, bytes: row.bytes })
+            .map(|row| Segment {
+                base_offset: row.base_offset,
+                generation: row.generation,
+                bytes: row.bytes,
+                first_ms: row.first_ms,
+                last_ms: row.last_ms,
+            })
             .collect();
+        partition.next_generation = row.next_generation;
         for row in &row.producers {
             let epoch = u16::try_from(row.epoch)
                 .map_err(|_| format!("producer epoch {} in partition {key}", row.epoch))?;

@@ -35,6 +35,8 @@ pub(crate) enum TimerKey {
     Session(Arc<str>, Arc<str>),
     /// A consumer-group member's session.
     ConsumerSession(Arc<str>, Arc<str>),
+    /// A look at what retention wants deleted.
+    Retention,
 }
 
 pub(crate) type Timers = BTreeSet<(u64, TimerKey)>;

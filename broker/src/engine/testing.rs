@@ -134,12 +134,10 @@ impl Bench {
                 *key == scan.partition && (scan.from..scan.until).contains(&record.offset)
             };
             let records = self.log.iter().filter(in_range).map(|(_, record)| *record).collect();
-            let found = self.engine.partitions().find(|info| info.partition == scan.partition);
             let scanned = Command::Scanned {
                 group: scan.group,
                 partition: scan.partition,
                 from: scan.from,
-                begun: found.map_or(scan.from, |info| info.log_start.max(scan.from)),
                 next: scan.until,
                 records,
             };

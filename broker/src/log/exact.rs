@@ -7,7 +7,7 @@ use felucca_protocol::batch::{self, BatchError, BatchHeader};
 
 use super::error::ReadError;
 use super::segment::PlacedBatch;
-use super::view::ReadView;
+use super::view::{ReadView, Reader};
 
 /// Bytes read at a time. Small, because leased records may lie far apart.
 const READ_BYTES: usize = 256 << 10;
@@ -33,13 +33,13 @@ impl ExactReadError {
 }
 
 impl ReadView {
-    /// The records at `offsets` (ascending), as batches that hold nothing else; `None` when the disk must be asked for one
-    /// of them. Never blocks.
+    /// The records at `offsets` (ascending), as batches that hold nothing else, also below the log start as far as they are kept;
+    /// `None` when the disk must be asked for one of them. Never blocks.
     ///
     /// # Errors
     /// One of them cannot be read; which, and why.
     pub fn read_exactly_from_memory(&self, offsets: &[u64]) -> Result<Option<Vec<Bytes>>, ExactReadError> {
-        exactly(offsets, |offset| self.read_memory(offset, READ_BYTES))
+        exactly(offsets, |offset| self.read_memory(Reader::ShareGroup, offset, READ_BYTES))
     }
 
     /// As [`Self::read_exactly_from_memory`], reading from disk what is not in memory, on one of a bounded number of
@@ -53,7 +53,7 @@ impl ReadView {
             return Ok(found);
         }
         let on_disk = self.on_disk_thread(move |view| {
-            Ok(exactly(&offsets, |offset| view.read_placed(offset, READ_BYTES).map(Some)))
+            Ok(exactly(&offsets, |offset| view.read_placed(Reader::ShareGroup, offset, READ_BYTES).map(Some)))
         });
         // Every read answers, so there is something.
         on_disk.await.map_err(|cause| ExactReadError::Read { offset, cause })?.map(Option::unwrap_or_default)

@@ -61,8 +61,8 @@ impl SegmentFiles {
             .join(format!("{:020}-{}.{extension}", name.base_offset, name.generation))
     }
 
-    /// Names of the segments on disk whose partition is not `known`. Empty directories of such partitions are removed.
-    pub(super) fn find_unknown(&self, known: impl Fn(PartitionKey) -> bool) -> io::Result<Vec<SegmentName>> {
+    /// Names of the segments on disk that are not `known`. Empty directories are removed.
+    pub(super) fn find_unknown(&self, known: impl Fn(SegmentName) -> bool) -> io::Result<Vec<SegmentName>> {
         let mut found = BTreeSet::new();
         for topic in self.disk.list_dirs(&self.root)? {
             let Ok(id) = Uuid::try_parse(&topic) else { continue };
@@ -70,12 +70,12 @@ impl SegmentFiles {
             for number in self.disk.list_dirs(&directory)? {
                 let Ok(number) = number.parse() else { continue };
                 let partition = PartitionKey { topic: TopicId(id.into_bytes()), partition: number };
-                if known(partition) {
-                    continue;
-                }
                 let names = self.disk.list(&self.directory(partition))?;
-                found.extend(names.iter().filter_map(|name| parse_name(partition, name)));
-                self.remove_empty(partition);
+                let segments = names.iter().filter_map(|name| parse_name(partition, name));
+                found.extend(segments.filter(|segment| !known(*segment)));
+                if names.is_empty() {
+                    self.remove_empty(partition);
+                }
             }
         }
         Ok(found.into_iter().collect())

@@ -8,7 +8,7 @@ use felucca_protocol::batch::{self, BatchError, Record};
 
 use super::error::ReadError;
 use super::segment::PlacedBatch;
-use super::view::ReadView;
+use super::view::{ReadView, Reader};
 use crate::engine::command::ScannedRecord;
 use crate::engine::effect::Scan;
 use crate::engine::share::key_slot;
@@ -16,11 +16,9 @@ use crate::engine::share::key_slot;
 /// Bytes read at a time.
 const SCAN_BYTES: usize = 1024 * 1024;
 
-/// All records that exist in `from..next`.
+/// All records that exist from where the scan began up to `next`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scanned {
-    /// Where the scan began: what was asked for, or the log start if that is above.
-    pub from: u64,
     /// Where to go on.
     pub next: u64,
     pub records: Vec<ScannedRecord>,
@@ -28,13 +26,13 @@ pub struct Scanned {
 
 /// Lists the records that `scan` asks for, up to its limit.
 ///
-/// Records below the log start do not exist any more: the scan begins above them. Blocks on the disk.
+/// Also those below the log start that are still there: whether they are wanted is for the engine to say. Blocks on the disk.
 ///
 /// # Errors
 /// [`ReadError::AboveEnd`] when the scan begins above the high watermark; damage and failures of the disk, unless they
 /// come after records that can be given out.
 pub fn scan(view: &ReadView, scan: &Scan) -> Result<Scanned, ReadError> {
-    let read = |offset| view.read_placed(offset, SCAN_BYTES).map(Some);
+    let read = |offset| view.read_placed(Reader::ShareGroup, offset, SCAN_BYTES).map(Some);
     // Every read answers, so the scan does.
     scan_with(view, scan, &read).map(Option::unwrap_or_default)
 }
@@ -44,24 +42,19 @@ pub fn scan(view: &ReadView, scan: &Scan) -> Result<Scanned, ReadError> {
 /// # Errors
 /// As [`scan()`], for what is in memory.
 pub fn scan_memory(view: &ReadView, scan: &Scan) -> Result<Option<Scanned>, ReadError> {
-    scan_with(view, scan, &|offset| view.read_memory(offset, SCAN_BYTES))
+    scan_with(view, scan, &|offset| view.read_memory(Reader::ShareGroup, offset, SCAN_BYTES))
 }
 
 type Read<'a> = dyn Fn(u64) -> Result<Option<Vec<PlacedBatch>>, ReadError> + 'a;
 
 /// `read` gives the batches from an offset on, or `None` where it cannot say.
 fn scan_with(view: &ReadView, scan: &Scan, read: &Read<'_>) -> Result<Option<Scanned>, ReadError> {
-    let mut scanned = Scanned { from: scan.from, next: scan.from, records: Vec::new() };
+    let mut scanned = Scanned { next: scan.from, records: Vec::new() };
     while scanned.next < scan.until && scanned.records.len() < scan.max_records {
         let batches = match read(scanned.next) {
             Ok(Some(batches)) => batches,
             Ok(None) if scanned.records.is_empty() => return Ok(None),
             Ok(None) => break,
-            Err(ReadError::BelowStart { log_start }) => {
-                // What was found below is gone as well by now.
-                scanned = Scanned { from: log_start.max(scan.from), next: log_start, records: Vec::new() };
-                continue;
-            }
             Err(_) if !scanned.records.is_empty() => break,
             Err(error) => return Err(error),
         };
@@ -81,7 +74,7 @@ fn scan_with(view: &ReadView, scan: &Scan, read: &Read<'_>) -> Result<Option<Sca
             }
         }
     }
-    scanned.next = scanned.next.min(scan.until.max(scanned.from));
+    scanned.next = scanned.next.min(scan.until.max(scan.from));
     Ok(Some(scanned))
 }
 
@@ -117,14 +110,14 @@ fn scan_batch(batch: &PlacedBatch, scan: &Scan, scanned: &mut Scanned) -> Result
     Ok(())
 }
 
-/// The record at `offset`; `None` if there is no such record (any more). Blocks on the disk.
+/// The record at `offset`, also below the log start if it is kept; `None` if there is no such record (any more). Blocks on the disk.
 ///
 /// # Errors
 /// Damage and failures of the disk.
 pub fn read_record(view: &ReadView, offset: u64) -> Result<Option<Record>, ReadError> {
-    let batches = match view.read_placed(offset, 0) {
+    let batches = match view.read_placed(Reader::ShareGroup, offset, 0) {
         Ok(batches) => batches,
-        Err(ReadError::BelowStart { .. } | ReadError::AboveEnd { .. }) => return Ok(None),
+        Err(ReadError::AboveEnd { .. }) => return Ok(None),
         Err(error) => return Err(error),
     };
     let Some(batch) = batches.first() else { return Ok(None) };
@@ -158,24 +151,27 @@ impl ReadView {
 
 /// See [`ReadView::offset_for_timestamp`].
 pub(super) fn offset_for_timestamp(view: &ReadView, timestamp: i64) -> Result<Option<u64>, ReadError> {
-    let start = view.log_start();
-    let end = view.high_watermark();
-    // The tail first: what leaves it meanwhile is found on disk.
-    let mut found =
-        first_at(view, &|from| Ok(view.tail().lock().find_timestamp(timestamp, from)), timestamp, start)?;
-    for segment in view.segments_from(start) {
-        let on_disk = first_at(
-            view,
-            &|from| segment.find_timestamp(&view.context().files, timestamp, from),
-            timestamp,
-            start,
-        )?;
-        if let Some(offset) = on_disk {
-            found = Some(found.map_or(offset, |other| other.min(offset)));
-            break;
+    'again: loop {
+        let start = view.log_start();
+        let end = view.high_watermark();
+        // The tail first: what leaves it meanwhile is found on disk.
+        let in_tail = |from| Ok(view.tail().lock().find_timestamp(timestamp, from));
+        let mut found = first_at(view, &in_tail, timestamp, start)?;
+        for segment in view.segments_from(start) {
+            let in_segment = |from| segment.find_timestamp(&view.context().files, timestamp, from);
+            match first_at(view, &in_segment, timestamp, start) {
+                Ok(None) => {}
+                Ok(Some(offset)) => {
+                    found = Some(found.map_or(offset, |other| other.min(offset)));
+                    break;
+                }
+                // Its file may have been removed under our hands.
+                Err(_) if view.segment(segment.name()).is_none() && !view.is_removed() => continue 'again,
+                Err(error) => return Err(error),
+            }
         }
+        return Ok(found.filter(|offset| *offset < end));
     }
-    Ok(found.filter(|offset| *offset < end))
 }
 
 /// The first record at or above `from` of at least `timestamp`, in the batches that `next_batch` finds.

@@ -40,8 +40,20 @@ pub(super) struct Shared {
     short: AtomicBool,
     failure: OnceLock<LogFailure>,
     condemned: Mutex<Vec<SegmentName>>,
+    /// Of partitions that are gone.
+    freed: Mutex<Vec<SegmentName>>,
+    /// While the journal is replayed: segments of which something is missing, with their length and what it should be.
+    suspects: Mutex<Option<Vec<Suspect>>>,
     /// One sync at a time.
     syncing: Mutex<()>,
+}
+
+/// A segment whose file is shorter than what was written to it. It may be one that was removed soon after.
+#[derive(Clone, Copy, Debug)]
+struct Suspect {
+    segment: SegmentName,
+    length: u64,
+    written: u64,
 }
 
 #[derive(Debug)]
@@ -97,6 +109,8 @@ impl Shared {
             short: AtomicBool::new(false),
             failure: OnceLock::new(),
             condemned: Mutex::default(),
+            freed: Mutex::default(),
+            suspects: Mutex::new(Some(Vec::new())),
             syncing: Mutex::default(),
         }
     }
@@ -182,12 +196,37 @@ impl Shared {
         std::mem::take(&mut *self.condemned.lock())
     }
 
+    pub(super) fn take_freed(&self) -> Vec<SegmentName> {
+        std::mem::take(&mut *self.freed.lock())
+    }
+
+    fn suspect(&self, suspect: Suspect) {
+        match &mut *self.suspects.lock() {
+            Some(suspects) => suspects.push(suspect),
+            None => self.report(suspect),
+        }
+    }
+
+    fn report(&self, Suspect { segment, length, written }: Suspect) {
+        if self.place(segment).is_some() {
+            let file = self.context.files.log_path(segment);
+            error!(file = %file.display(), length, written, "a segment has lost its end, or all of it");
+        }
+    }
+
+    /// The replay is over: what is missing now is missed.
+    pub(super) fn replayed(&self) {
+        for suspect in self.suspects.lock().take().unwrap_or_default() {
+            self.report(suspect);
+        }
+    }
+
     pub(super) fn stop(&self, stop: Stop) {
         self.state.lock().stop.get_or_insert(stop);
         self.work.notify_one();
     }
 
-    fn place(&self, name: SegmentName) -> Option<(Arc<ReadView>, Arc<Segment>)> {
+    pub(super) fn place(&self, name: SegmentName) -> Option<(Arc<ReadView>, Arc<Segment>)> {
         let view = self.views.get(name.partition)?;
         let segment = view.segment(name)?;
         Some((view, segment))
@@ -199,7 +238,15 @@ impl Shared {
         let discarded = state.queue.discard(partition);
         self.release(state, discarded as u64);
         view.close();
-        self.condemn(view.segments().iter().map(|segment| segment.name()).collect());
+        self.freed.lock().extend(view.segments().iter().map(|segment| segment.name()));
+    }
+
+    /// Segments of one partition are not needed any more. What waits to be written to them still is: a sync waits for it.
+    pub(super) fn remove_segments(&self, names: &[SegmentName]) {
+        if let Some(view) = names.first().and_then(|name| self.views.get(name.partition)) {
+            view.remove_segments(names);
+            self.condemn(names.to_vec());
+        }
     }
 
     /// These bytes do not wait any more. Takes the lock so that nobody checks before and waits after.
@@ -324,13 +371,13 @@ impl Shared {
                     // Left over from before a crash; replay is about to bring it again, or it was never promised.
                     file.set_len(written)?;
                 } else if length < written {
-                    error!(file = %files.log_path(name).display(), length, written, "a segment has lost its end");
+                    self.suspect(Suspect { segment: name, length, written });
                 }
                 file
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 if written > 0 {
-                    error!(file = %files.log_path(name).display(), written, "a segment is missing");
+                    self.suspect(Suspect { segment: name, length: 0, written });
                 }
                 files.disk().make_dir(&directory)?;
                 files.disk().create(&files.log_path(name))?
@@ -371,7 +418,7 @@ impl Shared {
                 // may be lost in a crash that this checkpoint survives.
                 Err(error)
                     if error.kind() == io::ErrorKind::NotFound
-                        && self.views.get(name.partition).is_none() => {}
+                        && self.place(name).is_none() => {}
                 Err(error) => return Err(self.fail("sync", self.context.files.log_path(name), error)),
             }
         }

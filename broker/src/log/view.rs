@@ -38,6 +38,15 @@ pub(super) struct LogContext {
     pub(super) disk_reads: Arc<Semaphore>,
 }
 
+/// Who reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reader {
+    /// Nothing below the log start.
+    Anybody,
+    /// Also what is kept below it.
+    ShareGroup,
+}
+
 /// One partition as readers see it.
 #[derive(Debug)]
 pub struct ReadView {
@@ -45,7 +54,7 @@ pub struct ReadView {
     topic: Arc<str>,
     log_start: AtomicU64,
     high_watermark: AtomicU64,
-    /// Ascending by base offset; the last one grows.
+    /// Ascending by base offset; the last one grows. Those that end below the log start are kept for share groups.
     segments: ArcSwap<Vec<Arc<Segment>>>,
     /// Never held over I/O.
     tail: Mutex<Tail>,
@@ -82,7 +91,7 @@ impl ReadView {
         &self.topic
     }
 
-    /// First offset that can be read, if there is a record at all.
+    /// First offset that can be read, if there is a record at all; but see [`Self::fetch_kept`].
     pub fn log_start(&self) -> u64 {
         self.log_start.load(Ordering::Acquire)
     }
@@ -104,7 +113,14 @@ impl ReadView {
         }
     }
 
-    /// Wakes `notify` (one permit, [`Notify::notify_one`]) whenever the high watermark rises or the partition goes, for as
+    /// Nobody reads below `log_start` any more; it is at most the high watermark that readers were shown. It never falls.
+    pub(super) fn raise_log_start(&self, log_start: u64) {
+        self.log_start.fetch_max(log_start, Ordering::AcqRel);
+        // Whoever waits in vain below it finds out.
+        self.wake();
+    }
+
+    /// Wakes `notify` (one permit, [`Notify::notify_one`]) whenever the high watermark or the log start rises or the partition goes, for as
     /// long as somebody else holds the `Arc`. Registering again changes nothing. Register first, then read, then wait: so no rise is missed.
     pub fn interest(&self, notify: &Arc<Notify>) {
         let mut interested = self.interested.lock();
@@ -139,7 +155,7 @@ impl ReadView {
     /// # Errors
     /// See [`ReadError`].
     pub fn read(&self, offset: u64, max_bytes: usize) -> Result<Vec<Bytes>, ReadError> {
-        self.read_placed(offset, max_bytes).map(into_bytes)
+        self.read_placed(Reader::Anybody, offset, max_bytes).map(into_bytes)
     }
 
     /// As [`Self::read`], without blocking: what is in memory is answered at once, the disk is read on one of a bounded
@@ -148,10 +164,32 @@ impl ReadView {
     /// # Errors
     /// See [`ReadError`].
     pub async fn fetch(self: &Arc<Self>, offset: u64, max_bytes: usize) -> Result<Vec<Bytes>, ReadError> {
-        if let Some(batches) = self.read_memory(offset, max_bytes)? {
+        self.fetch_from(Reader::Anybody, offset, max_bytes).await
+    }
+
+    /// As [`Self::fetch`], for share groups: below the log start there may still be records that they have in hand. What is
+    /// not there any more is passed over.
+    ///
+    /// # Errors
+    /// See [`ReadError`]; never [`ReadError::BelowStart`].
+    pub async fn fetch_kept(
+        self: &Arc<Self>,
+        offset: u64,
+        max_bytes: usize,
+    ) -> Result<Vec<Bytes>, ReadError> {
+        self.fetch_from(Reader::ShareGroup, offset, max_bytes).await
+    }
+
+    async fn fetch_from(
+        self: &Arc<Self>,
+        reader: Reader,
+        offset: u64,
+        max_bytes: usize,
+    ) -> Result<Vec<Bytes>, ReadError> {
+        if let Some(batches) = self.read_memory(reader, offset, max_bytes)? {
             return Ok(into_bytes(batches));
         }
-        self.on_disk_thread(move |view| view.read(offset, max_bytes)).await
+        self.on_disk_thread(move |view| view.read_placed(reader, offset, max_bytes).map(into_bytes)).await
     }
 
     /// The first visible record of at least this timestamp (Unix ms): its offset, `None` if there is none.
@@ -197,17 +235,24 @@ impl ReadView {
         }
     }
 
-    pub(super) fn read_placed(&self, offset: u64, max_bytes: usize) -> Result<Vec<PlacedBatch>, ReadError> {
-        loop {
-            if let Some(batches) = self.read_memory(offset, max_bytes)? {
+    pub(super) fn read_placed(
+        &self,
+        reader: Reader,
+        offset: u64,
+        max_bytes: usize,
+    ) -> Result<Vec<PlacedBatch>, ReadError> {
+        'again: loop {
+            if let Some(batches) = self.read_memory(reader, offset, max_bytes)? {
                 return Ok(batches);
             }
             let tail_start = self.tail.lock().start();
             let end = self.high_watermark();
             for segment in self.segments_from(offset) {
-                let batches = segment.read(&self.context.files, offset, end, max_bytes)?;
-                if !batches.is_empty() {
-                    return Ok(batches);
+                match segment.read(&self.context.files, offset, end, max_bytes) {
+                    Ok(batches) if batches.is_empty() => {}
+                    // Its file may have been removed under our hands.
+                    Err(_) if self.is_removed() || self.segment(segment.name()).is_none() => continue 'again,
+                    other => return other,
                 }
             }
             // Every byte that was ever written is accounted for, and no batch on disk holds the offset or follows it. If
@@ -223,16 +268,17 @@ impl ReadView {
     /// `None` when the disk must be asked.
     pub(super) fn read_memory(
         &self,
+        reader: Reader,
         offset: u64,
         max_bytes: usize,
     ) -> Result<Option<Vec<PlacedBatch>>, ReadError> {
-        if self.removed.load(Ordering::Acquire) {
+        if self.is_removed() {
             return Err(ReadError::Removed);
         }
         // In this order: the log start is never above a high watermark that is read after it.
         let log_start = self.log_start();
         let high_watermark = self.high_watermark();
-        if offset < log_start {
+        if offset < log_start && reader == Reader::Anybody {
             return Err(ReadError::BelowStart { log_start });
         }
         if offset > high_watermark {
@@ -253,6 +299,10 @@ impl ReadView {
         let first =
             segments.partition_point(|segment| segment.name().base_offset <= offset).saturating_sub(1);
         (first..segments.len()).map(move |at| Arc::clone(&segments[at]))
+    }
+
+    pub(super) fn is_removed(&self) -> bool {
+        self.removed.load(Ordering::Acquire)
     }
 
     pub(super) fn context(&self) -> &LogContext {
@@ -276,6 +326,14 @@ impl ReadView {
     pub(super) fn add_segment(&self, name: SegmentName) {
         let added = Arc::new(Segment::new(name, 0, false));
         self.segments.rcu(|segments| segments.iter().chain([&added]).map(Arc::clone).collect::<Vec<_>>());
+    }
+
+    /// Takes segments from the list; readers in the middle of one finish.
+    pub(super) fn remove_segments(&self, names: &[SegmentName]) {
+        self.segments.rcu(|segments| {
+            let kept = segments.iter().filter(|segment| !names.contains(&segment.name()));
+            kept.map(Arc::clone).collect::<Vec<_>>()
+        });
     }
 
     /// Takes a batch into the tail. It becomes visible with [`Self::publish`].

@@ -56,9 +56,15 @@ impl Default for LogOptions {
     }
 }
 
-/// Segments of partitions that are gone, to be removed once a checkpoint no longer knows them.
+/// Segments that are gone, to be removed once a checkpoint no longer knows them.
 #[derive(Debug, Default)]
 pub struct Condemned(Vec<SegmentName>);
+
+impl Condemned {
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
 
 /// Called when there is room again or the writer has failed.
 pub type Wake = Box<dyn Fn() + Send + Sync>;
@@ -123,6 +129,11 @@ impl SegmentWriter {
                 Some(view) => view.add_segment(*segment),
                 None => warn!(partition = %segment.partition, "a segment was added to no partition"),
             },
+            ViewChange::LogStartRaised { partition, log_start } => match self.views().get(*partition) {
+                Some(view) => view.raise_log_start(*log_start),
+                None => warn!(%partition, "the log start was raised of no partition"),
+            },
+            ViewChange::SegmentsRemoved { segments } => self.shared.remove_segments(segments),
             ViewChange::Removed { partition } => self.shared.remove(*partition),
         }
     }
@@ -177,19 +188,27 @@ impl SegmentWriter {
         self.shared.sync()
     }
 
-    /// The segments of the partitions removed so far, once. They may be removed when a checkpoint has been committed
+    /// The segments removed so far, once. They may be removed when a checkpoint has been committed
     /// that was begun after this call.
     pub fn take_condemned(&self) -> Condemned {
         Condemned(self.shared.take_condemned())
     }
 
-    /// Finds segments on disk whose partition does not exist (left over when a crash came before [`Self::unlink`]) and
-    /// adds them to those of [`Self::take_condemned`]. For a start, after replay and before anything is created.
+    /// The segments of the partitions removed so far, once. They may be removed when the frames that say so are on the device:
+    /// a replay that comes to them again, from an older checkpoint, does without.
+    pub fn take_freed(&self) -> Condemned {
+        Condemned(self.shared.take_freed())
+    }
+
+    /// Finds segments on disk that do not exist any more (left over when a crash came before [`Self::unlink`]) and
+    /// adds them to those of [`Self::take_condemned`]. For a start, after replay and before anything is created; what of a segment
+    /// is missing is reported from now on.
     ///
     /// # Errors
     /// A directory cannot be listed.
     pub fn condemn_unknown(&self) -> io::Result<()> {
-        let found = self.shared.context.files.find_unknown(|key| self.views().get(key).is_some())?;
+        self.shared.replayed();
+        let found = self.shared.context.files.find_unknown(|name| self.shared.place(name).is_some())?;
         self.shared.condemn(found);
         Ok(())
     }

@@ -9,7 +9,15 @@ use super::inbox::{Inbox, News};
 use crate::checkpoint::{CheckpointStore, Row};
 use crate::engine::types::Lsn;
 use crate::journal::Syncer;
-use crate::log::SegmentWriter;
+use crate::log::{Condemned, SegmentWriter};
+
+/// What the checkpoint thread has to do.
+#[derive(Debug)]
+pub(crate) enum Work {
+    Checkpoint(Checkpoint),
+    /// Files that nothing needs once the frame is on the device.
+    Free { lsn: Lsn, files: Condemned },
+}
 
 /// Commits one checkpoint at a time; the shard sends the next when it has heard of the last.
 #[derive(Debug)]
@@ -22,9 +30,19 @@ pub(crate) struct CheckpointThread {
 
 impl CheckpointThread {
     /// Runs until the sender is dropped.
-    pub(crate) fn run(mut self, checkpoints: &Receiver<Checkpoint>) {
-        while let Ok(checkpoint) = checkpoints.recv() {
-            let Checkpoint { lsn, monotonic_ms, rows, condemned } = checkpoint;
+    pub(crate) fn run(mut self, work: &Receiver<Work>) {
+        while let Ok(work) = work.recv() {
+            let Checkpoint { lsn, monotonic_ms, rows, condemned } = match work {
+                Work::Checkpoint(checkpoint) => checkpoint,
+                Work::Free { lsn, files } => {
+                    match self.sync_journal(lsn) {
+                        Ok(()) => self.log.unlink(files),
+                        // The shard hears of it by its own syncs; what is left is found by the next start.
+                        Err(reason) => tracing::warn!(reason, "deleted records keep their space for now"),
+                    }
+                    continue;
+                }
+            };
             match self.commit(lsn, monotonic_ms, &rows) {
                 Ok(previous) => {
                     tracing::debug!(lsn, rows = rows.len(), previous, "checkpoint");
@@ -42,11 +60,13 @@ impl CheckpointThread {
 
     /// Returns the LSN up to which the journal is not needed any more.
     fn commit(&mut self, lsn: Lsn, monotonic_ms: u64, rows: &[Row]) -> Result<Lsn, String> {
-        let synced = self.syncer.sync().map_err(|error| error.to_string())?;
-        if synced < lsn {
-            return Err(format!("frame {lsn} is not synced, {synced} is"));
-        }
+        self.sync_journal(lsn)?;
         self.log.sync().map_err(|error| error.to_string())?;
         self.store.commit(lsn, monotonic_ms, rows).map_err(|error| error.to_string())
+    }
+
+    fn sync_journal(&self, lsn: Lsn) -> Result<(), String> {
+        let synced = self.syncer.sync().map_err(|error| error.to_string())?;
+        if synced < lsn { Err(format!("frame {lsn} is not synced, {synced} is")) } else { Ok(()) }
     }
 }

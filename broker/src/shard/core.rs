@@ -405,6 +405,11 @@ impl Shard {
         Checkpoint { lsn: self.written, monotonic_ms: now.monotonic_ms, rows, condemned }
     }
 
+    /// Files of deleted topics, to be removed once [`Self::written`] is synced.
+    pub(crate) fn take_freed(&self) -> Condemned {
+        self.log.take_freed()
+    }
+
     /// Says in the journal that everything is synced, if no frame says so yet.
     pub(crate) fn mark(&mut self) {
         match self.journal.mark() {

@@ -29,7 +29,6 @@ pub(crate) fn scanned(scan: &Scan, scanned: Scanned) -> Command {
         group: scan.group.clone(),
         partition: scan.partition,
         from: scan.from,
-        begun: scanned.from,
         next: scanned.next,
         records: scanned.records,
     }

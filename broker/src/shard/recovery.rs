@@ -150,9 +150,9 @@ pub(crate) fn start(
         inbox: inbox.clone(),
     };
     let checkpoint = CheckpointThread { store, syncer, log: log.clone(), inbox: inbox.clone() };
-    let (checkpoints, to_store) = mpsc::channel();
+    let (storage, to_store) = mpsc::channel();
     let reads = Reads { runtime, views: views.clone(), inbox: inbox.clone() };
-    let runner = Runner::new(shard, clock, reads, checkpoints, options.checkpoint);
+    let runner = Runner::new(shard, clock, reads, storage, options.checkpoint);
     let ended = CancellationToken::new();
     let guard = Guard { inbox: inbox.clone(), ended: ended.clone() };
     let turns = inbox.clone();

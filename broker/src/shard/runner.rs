@@ -9,7 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::clock::Clock;
-use super::core::{Checkpoint, Shard};
+use super::checkpoint::Work;
+use super::core::Shard;
 use super::inbox::{DrainLimits, Inbox, News, Submission};
 use super::reads::Reads;
 
@@ -37,7 +38,7 @@ pub(crate) struct Runner {
     shard: Shard,
     clock: Clock,
     reads: Reads,
-    checkpoints: Sender<Checkpoint>,
+    storage: Sender<Work>,
     options: CheckpointOptions,
     commands: Vec<Submission>,
     news: Vec<News>,
@@ -70,7 +71,7 @@ impl Runner {
         shard: Shard,
         clock: Clock,
         reads: Reads,
-        checkpoints: Sender<Checkpoint>,
+        storage: Sender<Work>,
         options: CheckpointOptions,
     ) -> Self {
         let now = Instant::now();
@@ -78,7 +79,7 @@ impl Runner {
             shard,
             clock,
             reads,
-            checkpoints,
+            storage,
             options,
             commands: Vec::new(),
             news: Vec::new(),
@@ -159,11 +160,21 @@ impl Runner {
                 self.last_write = Instant::now();
                 self.unmarked = true;
             }
+            self.free();
         } else if self.stopping && !more {
             return After::End;
         }
         let busy = self.stopping || self.shard.is_due(self.clock.monotonic_ms());
         if busy || !inbox.fall_asleep(self.shard.takes_bulk()) { After::Turn } else { After::Sleep }
+    }
+
+    /// Has the space of deleted topics given back.
+    fn free(&self) {
+        let files = self.shard.take_freed();
+        if !files.is_empty() {
+            // A thread that has ended has said why; the shard is read-only then.
+            let _ = self.storage.send(Work::Free { lsn: self.shard.written(), files });
+        }
     }
 
     fn is_checkpoint_due(&self) -> bool {
@@ -182,7 +193,7 @@ impl Runner {
             self.checkpointed = self.shard.written();
             let checkpoint = self.shard.checkpoint(self.clock.now());
             // A thread that has ended has said why; the shard is read-only then.
-            let _ = self.checkpoints.send(checkpoint);
+            let _ = self.storage.send(Work::Checkpoint(checkpoint));
         }
     }
 
@@ -215,7 +226,7 @@ impl Runner {
         self.shard.stop(now);
         if self.shard.written() > self.checkpointed {
             let checkpoint = self.shard.checkpoint(now);
-            let _ = self.checkpoints.send(checkpoint);
+            let _ = self.storage.send(Work::Checkpoint(checkpoint));
         }
         self.shard.mark();
     }

@@ -41,6 +41,20 @@ pub enum Start {
     Timestamp(i64),
 }
 
+/// What to do at a position that the log does not have: its records were deleted, by retention or by command, before they were
+/// read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OutOfRange {
+    /// The consumer ends with [`ErrorCode::OffsetOutOfRange`](crate::ErrorCode::OffsetOutOfRange), so that no record is passed
+    /// over unnoticed; its committed position stays.
+    #[default]
+    Fail,
+    /// Reads on with the oldest record that is left.
+    Beginning,
+    /// Reads on with the next record that is produced.
+    End,
+}
+
 /// Settings of a consumer.
 #[derive(Clone, Debug)]
 pub struct ConsumerBuilder {
@@ -55,6 +69,7 @@ struct Settings {
     topics: Vec<String>,
     assigned: Vec<(String, Vec<u32>)>,
     start: Start,
+    out_of_range: OutOfRange,
     credit_records: u32,
     credit_bytes: u32,
     auto_commit: Option<Duration>,
@@ -68,6 +83,7 @@ impl ConsumerBuilder {
             topics: Vec::new(),
             assigned: Vec::new(),
             start: Start::Beginning,
+            out_of_range: OutOfRange::Fail,
             credit_records: 100_000,
             credit_bytes: 8 << 20,
             auto_commit: Some(Duration::from_secs(5)),
@@ -100,6 +116,13 @@ impl ConsumerBuilder {
     #[must_use]
     pub fn start(mut self, start: Start) -> Self {
         self.settings.start = start;
+        self
+    }
+
+    /// What to do when the next records were deleted before they were read; default [`OutOfRange::Fail`].
+    #[must_use]
+    pub fn out_of_range(mut self, policy: OutOfRange) -> Self {
+        self.settings.out_of_range = policy;
         self
     }
 

@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 
 use felucca_protocol::batch;
 use felucca_protocol::frame::Frame;
-use felucca_protocol::{Api, message};
+use felucca_protocol::{Api, ErrorCode, message};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep_until, timeout};
 
 use super::group::Membership;
 use super::positions::{Key, Partition, Positions};
-use super::{Fetched, Settings, Start};
+use super::{Fetched, OutOfRange, Settings, Start};
 use crate::backoff::Backoff;
 use crate::client::Client;
 use crate::error::{Error, Result};
@@ -50,6 +50,8 @@ pub(super) struct Task {
     pushes: Option<(u64, mpsc::UnboundedReceiver<Frame>)>,
     /// The connection that the subscription was opened on.
     session: Option<u64>,
+    /// Positions that the log does not have any more, to be moved as the settings say.
+    displaced: Vec<Key>,
     /// A push said so while something else was asked for.
     pushed_error: Option<Error>,
     backoff: Backoff,
@@ -73,6 +75,7 @@ impl Task {
             orders,
             pushes: None,
             session: None,
+            displaced: Vec::new(),
             pushed_error: None,
             backoff: Backoff::default(),
             not_before: Instant::now(),
@@ -175,6 +178,7 @@ impl Task {
         if self.is_member() {
             self.heartbeat().await?;
         }
+        self.move_displaced().await?;
         if self.pushes.is_none() {
             self.subscribe().await?;
         }
@@ -201,6 +205,23 @@ impl Task {
         Ok(())
     }
 
+    /// Moves the positions that the log does not have any more.
+    async fn move_displaced(&mut self) -> Result<()> {
+        while let Some(key) = self.displaced.last() {
+            let offsets = self.offsets(&[key], None).await?;
+            if let (Some(partition), Some(offsets)) = (self.positions.get(key), offsets.first()) {
+                let to_end = self.settings.out_of_range == OutOfRange::End;
+                let next = if to_end { offsets.high_watermark } else { offsets.log_start };
+                let (topic, number, from) = (&partition.topic, key.1, partition.next());
+                tracing::warn!(%topic, partition = number, from, next, "records were deleted before they were read");
+                self.positions.set_subscription(0);
+                partition.seek(next);
+            }
+            self.displaced.pop();
+        }
+        Ok(())
+    }
+
     /// Where the settings say to begin, on partitions of one topic.
     async fn start_offsets(&self, keys: &[&Key]) -> Result<Vec<(Key, u64)>> {
         let timestamp = match self.settings.start {
@@ -209,10 +230,6 @@ impl Task {
             Start::Timestamp(timestamp) => Some(timestamp),
         };
         let Some((topic_id, _)) = keys.first() else { return Ok(Vec::new()) };
-        let partitions = keys.iter().map(|(_, partition)| *partition).collect();
-        let request = message::ListOffsets { topic_id: topic_id.clone(), partitions, timestamp };
-        let (reply, _): (message::ListOffsetsReply, _) =
-            self.client.link.ask_until(Api::ListOffsets, &request, Vec::new()).await?;
         let of = |offsets: message::PartitionOffsets| {
             let begin = match self.settings.start {
                 Start::Beginning => offsets.log_start,
@@ -220,7 +237,21 @@ impl Task {
             };
             ((topic_id.clone(), offsets.partition), begin)
         };
-        Ok(reply.partitions.into_iter().map(of).collect())
+        Ok(self.offsets(keys, timestamp).await?.into_iter().map(of).collect())
+    }
+
+    /// What the log says of partitions of one topic.
+    async fn offsets(
+        &self,
+        keys: &[&Key],
+        timestamp: Option<i64>,
+    ) -> Result<Vec<message::PartitionOffsets>> {
+        let Some((topic_id, _)) = keys.first() else { return Ok(Vec::new()) };
+        let partitions = keys.iter().map(|(_, partition)| *partition).collect();
+        let request = message::ListOffsets { topic_id: topic_id.clone(), partitions, timestamp };
+        let (reply, _): (message::ListOffsetsReply, _) =
+            self.client.link.ask_until(Api::ListOffsets, &request, Vec::new()).await?;
+        Ok(reply.partitions)
     }
 
     /// Asks the broker while pushes go on to the consumer: reading does not wait for heartbeats and commits.
@@ -303,7 +334,15 @@ impl Task {
             let ended: message::SubscriptionEnded = push.decode_message().map_err(malformed)?;
             self.end_subscription();
             let partition = self.positions.get(&(ended.topic_id, ended.partition));
-            return Err(match (ended.error.map(Error::from), partition) {
+            let error = ended.error.map(Error::from);
+            let displaced = error.as_ref().and_then(Error::code) == Some(ErrorCode::OffsetOutOfRange);
+            if let Some(partition) = partition.as_ref().filter(|_| displaced)
+                && self.settings.out_of_range != OutOfRange::Fail
+            {
+                self.displaced.push(partition.key.clone());
+                return Ok(());
+            }
+            return Err(match (error, partition) {
                 (Some(Error::Broker { code, message }), Some(partition)) => {
                     let message = format!("{}/{}: {message}", partition.topic, partition.key.1);
                     Error::Broker { code, message }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use felucca_protocol::{Api, ErrorCode, message};
 
-use super::{Consumer, ConsumerBuilder};
+use super::{Consumer, ConsumerBuilder, OutOfRange};
 use crate::error::{Error, Result};
 use crate::testing::{Asked, FakeBroker, FakeConnection, QUIET, numbered, soon, topic_id};
 
@@ -104,6 +104,39 @@ async fn a_subscription_that_a_stopping_broker_ends_is_opened_again() {
     assert_eq!(error.code(), Some(ErrorCode::OffsetOutOfRange));
     assert!(error.to_string().contains("t/0"), "{error}");
     assert!(soon(consumer.next()).await.is_none());
+}
+
+#[tokio::test]
+async fn a_consumer_that_may_goes_on_where_the_log_is_left() {
+    for (policy, next) in [(OutOfRange::Beginning, 40), (OutOfRange::End, 100)] {
+        let broker = FakeBroker::start().await;
+        let (client, mut connection) = broker.client().await;
+        let builder = client.consumer().out_of_range(policy);
+        let (_consumer, subscription) = reading(&mut connection, builder, 1).await;
+        let ended = message::SubscriptionEnded {
+            subscription,
+            error: Some(message::Error::new(ErrorCode::OffsetOutOfRange, "as the test says")),
+            topic_id: topic_id("t"),
+            partition: 0,
+        };
+        connection.push(Api::SubscriptionEnded, subscription, &ended, &[]).await;
+        let asked = loop {
+            let frame = connection.request().await.expect("a request");
+            if frame.api == u8::from(Api::ListOffsets) {
+                let message: message::ListOffsets = frame.decode_message().unwrap();
+                let correlation = frame.correlation;
+                break Asked { api: Api::ListOffsets, correlation, message, payload: Bytes::new() };
+            }
+        };
+        let partitions = vec![message::PartitionOffsets {
+            log_start: 40,
+            high_watermark: 100,
+            ..Default::default()
+        }];
+        connection.reply(&asked, &message::ListOffsetsReply { partitions }).await;
+        let (_, positions) = subscribe(&mut connection).await;
+        assert_eq!(positions, [(0, next)]);
+    }
 }
 
 #[tokio::test]

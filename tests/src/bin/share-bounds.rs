@@ -53,7 +53,7 @@ fn main() -> io::Result<()> {
 fn limits(out: &mut dyn Write) -> io::Result<()> {
     bounds::a_full_table_stops_new_records_only();
     bounds::a_spent_budget_slows_new_records_down();
-    bounds::a_group_goes_on_above_what_the_log_lost();
+    bounds::a_group_goes_on_above_what_was_deleted();
     bounds::frames_stay_small_when_many_leases_end_at_once();
     bounds::an_idle_group_forgets();
     writeln!(out, "hold")

@@ -54,7 +54,7 @@ impl World {
         let cut = records.len() == most;
         let next = records.last().filter(|_| cut).map_or(until, |record| record.offset + 1);
         self.note(|| format!("scan of {group} {partition} {from}..{next}: {} records", records.len()));
-        self.tell(Command::Scanned { group, partition, from, begun: from, next, records });
+        self.tell(Command::Scanned { group, partition, from, next, records });
     }
 
     /// Hands in each dead letter that is being made with this probability.

@@ -39,8 +39,6 @@ pub(crate) struct Bench {
     pub(crate) now: Now,
     lsn: Lsn,
     record_at: RecordAt,
-    /// Records below it are lost.
-    pub(crate) log_start: u64,
     out: Effects,
     /// Scans for the next turn.
     scans: Vec<Scan>,
@@ -69,7 +67,6 @@ impl Bench {
             now: Now { monotonic_ms: 1_000, wall_ms: 1_700_000_000_000, entropy: 7 },
             lsn: 1,
             record_at: Box::new(record_at),
-            log_start: 0,
             out: Effects::default(),
             scans: Vec::new(),
             granted: BTreeMap::new(),
@@ -233,15 +230,13 @@ impl Bench {
     }
 
     fn answer(&self, scan: &Scan) -> Command {
-        let begun = scan.from.max(self.log_start);
-        let next = scan.until.min(begun + scan.max_records as u64).max(begun);
+        let next = scan.until.min(scan.from + scan.max_records as u64);
         Command::Scanned {
             group: scan.group.clone(),
             partition: scan.partition,
             from: scan.from,
-            begun,
             next,
-            records: (begun..next).map(&self.record_at).collect(),
+            records: (scan.from..next).map(&self.record_at).collect(),
         }
     }
 

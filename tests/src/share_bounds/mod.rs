@@ -6,7 +6,7 @@ mod scenarios;
 mod throughput;
 
 pub use limits::{
-    a_full_table_stops_new_records_only, a_group_goes_on_above_what_the_log_lost,
+    a_full_table_stops_new_records_only, a_group_goes_on_above_what_was_deleted,
     a_spent_budget_slows_new_records_down, an_idle_group_forgets,
     frames_stay_small_when_many_leases_end_at_once,
 };

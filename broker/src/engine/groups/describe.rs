@@ -7,6 +7,7 @@ use crate::engine::effect::{
     OutageInfo, Reply, TopicKind,
 };
 use crate::engine::error::EngineError;
+use crate::engine::partition::Partition;
 use crate::engine::share::ShareGroup;
 use crate::engine::types::{Now, TopicId};
 
@@ -92,6 +93,8 @@ impl Engine {
             let counts = state.counts();
             let lag = state.unsettled(high_watermark);
             let leased = state.leases().len() as u64;
+            let pinned = self.partitions.get(key).into_iter().flat_map(Partition::detached);
+            let pinned = pinned.filter(|(segment, end)| state.has_in_hand(segment.base_offset, *end));
             let elsewhere = leased + state.scheduled() + state.held() + state.exhausted();
             Some(GroupPartitionInfo {
                 topic: topic.name.to_string(),
@@ -115,6 +118,7 @@ impl Engine {
                 failures: counts.failures,
                 alarms: partition.alarms(&self.settings),
                 memory_bytes: partition.memory(),
+                pinned_bytes: pinned.map(|(segment, _)| segment.bytes).sum(),
             })
         });
         GroupDescription {

@@ -39,15 +39,6 @@ pub(crate) struct Reading {
     again: bool,
 }
 
-/// What a reading of the log says of offsets that hold no record, as (first, count).
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Gaps {
-    /// Never held one, or not since compaction.
-    pub(crate) skipped: Vec<(u64, u64)>,
-    /// Held one that the log lost before it was ever handed out.
-    pub(crate) expired: Vec<(u64, u64)>,
-}
-
 #[derive(Debug)]
 pub(crate) struct Queue {
     ordered: bool,
@@ -195,59 +186,51 @@ impl Queue {
         self.deadlines.scan_again(retry_at_ms);
     }
 
-    /// Takes in what a reading from `from` found up to `next`. The log has nothing below `begun` any more, which is `from`
-    /// unless records were lost there. Answers what the caller must settle, as of the frame `lsn`.
+    /// Takes in what a reading from `from` found up to `next`. Answers the ranges (first, count) that hold no record and must be
+    /// skipped.
     pub(crate) fn scanned(
         &mut self,
         state: &ShareState,
         from: u64,
-        begun: u64,
         next: u64,
         records: &[ScannedRecord],
-        lsn: Lsn,
-    ) -> Gaps {
-        let mut gaps = Gaps::default();
+    ) -> Vec<(u64, u64)> {
+        let mut missing = Vec::new();
         let Some(reading) = self.reading.filter(|reading| reading.from == from) else {
             // The group was moved meanwhile.
-            return gaps;
+            return missing;
         };
         self.reading = None;
-        if begun > from {
-            // Also what had been scanned below and not handed out cannot be read any more.
-            push_gap(&mut gaps.expired, state, state.low(), begun);
-            let is_kept = |offset| state.lease(offset).is_some() || state.exception(offset).is_some();
-            self.new.retain(|ready| ready.offset >= begun);
-            self.chains.expire(begun, lsn, is_kept);
-        }
-        // What came back is known, whether the log still has it or not.
-        let returned = state.exceptions().range(from..begun.max(from)).map(|(offset, exception)| {
-            ScannedRecord { offset: *offset, slot: exception.slot, size: exception.size }
-        });
         if reading.again {
-            let unsettled = records.iter().copied().filter(|record| !state.is_settled(record.offset));
-            let chained = returned.chain(unsettled).filter_map(|record| {
+            let unsettled = records.iter().filter(|record| !state.is_settled(record.offset));
+            let chained = unsettled.filter_map(|record| {
                 record.slot.map(|slot| (slot, Known { offset: record.offset, size: record.size }))
             });
             for slot in self.chains.readmit(from, next, self.scan_next, chained) {
                 self.free(state, slot);
             }
-            return gaps;
+            return missing;
         }
-        for record in returned {
-            self.admit(state, record.offset, record.slot, record.size);
-        }
-        let mut expected = begun;
+        let mut expected = from;
         for record in records {
-            push_gap(&mut gaps.skipped, state, expected, record.offset);
+            push_gap(&mut missing, state, expected, record.offset);
             expected = record.offset + 1;
             self.scan_next = expected;
             if !state.is_settled(record.offset) {
                 self.admit(state, record.offset, record.slot, record.size);
             }
         }
-        push_gap(&mut gaps.skipped, state, expected, next);
+        push_gap(&mut missing, state, expected, next);
         self.scan_next = self.scan_next.max(next);
-        gaps
+        missing
+    }
+
+    /// The log starts at `log_start` now: what was known below it and is neither leased nor listed is settled as of the frame
+    /// `lsn`.
+    pub(crate) fn expire(&mut self, state: &ShareState, log_start: u64, lsn: Lsn) {
+        let is_kept = |offset| state.lease(offset).is_some() || state.exception(offset).is_some();
+        self.new.retain(|ready| ready.offset >= log_start);
+        self.chains.expire(log_start, lsn, is_kept);
     }
 
     /// Takes in one unsettled record.
@@ -410,7 +393,7 @@ fn pop_after(offsets: &mut BTreeSet<u64>, last: &mut u64) -> Option<u64> {
 }
 
 /// Adds `from..until` as (first, count), leaving out offsets that the group knows something of.
-fn push_gap(gaps: &mut Vec<(u64, u64)>, state: &ShareState, from: u64, until: u64) {
+pub(crate) fn push_gap(gaps: &mut Vec<(u64, u64)>, state: &ShareState, from: u64, until: u64) {
     let mut first = from.max(state.low());
     while first < until {
         let lease = state.leases().range(first..until).next().map(|(offset, _)| *offset);

@@ -236,6 +236,16 @@ impl ShareState {
         if offset < self.low { !self.exceptions.contains_key(&offset) } else { self.settled.contains(offset) }
     }
 
+    /// Whether every offset in `from..until`, at or above `low`, is settled.
+    pub(crate) fn is_all_settled(&self, from: u64, until: u64) -> bool {
+        self.settled.contains_range(from..until)
+    }
+
+    /// Whether a record in `from..until` is in somebody's hands, or came back and is still to be decided on.
+    pub(crate) fn has_in_hand(&self, from: u64, until: u64) -> bool {
+        self.leases.range(from..until).next().is_some() || self.exceptions.range(from..until).next().is_some()
+    }
+
     /// First offset at or after `from` (and `low`) that is not settled.
     pub(crate) fn next_unsettled(&self, from: u64) -> u64 {
         first_absent(&self.settled, from.max(self.low))

@@ -158,6 +158,7 @@ pub(super) fn encode_reply(buffer: &mut BytesMut, api: u8, correlation: u64, rep
     let mut put = Put { buffer, api, correlation };
     match reply {
         Reply::Done => put.message(&wire::Empty {}),
+        Reply::RecordsDeleted { log_start } => put.message(&wire::DeleteRecordsReply { log_start }),
         Reply::Topic(info) => put.message(&wire::TopicReply { topic: Some(topic(info)) }),
         Reply::Metadata { topics, unknown } => put.message(&wire::MetadataReply {
             topics: topics.into_iter().map(topic).collect(),
@@ -332,6 +333,7 @@ pub(super) fn group_description(
             expired: info.expired,
             alarms: info.alarms.into_iter().map(|alarm| share_alarm(alarm).into()).collect(),
             memory_bytes: info.memory_bytes,
+            pinned_bytes: info.pinned_bytes,
             ..read(index)
         });
     wire::DescribeGroupReply {

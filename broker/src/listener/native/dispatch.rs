@@ -187,6 +187,10 @@ impl Dispatcher {
                 Command::AlterTopic { name: request.name, config: convert::config(request.config) }
             }
             Api::DeleteTopic => Command::DeleteTopic { name: decode::<wire::DeleteTopic>(&frame)?.name },
+            Api::DeleteRecords => {
+                let wire::DeleteRecords { topic, partition, before } = decode(&frame)?;
+                Command::DeleteRecords { topic, partition, before }
+            }
             Api::InitProducer => Command::InitProducer,
             Api::GroupHeartbeat => {
                 let request: wire::GroupHeartbeat = decode(&frame)?;

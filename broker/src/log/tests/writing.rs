@@ -188,10 +188,10 @@ fn a_deleted_partition_leaves_nothing_behind() {
     }
     log.apply(&ViewChange::Removed { partition: key(0) });
     log.sync().unwrap();
-    assert!(!disk.list(&directory(0)).unwrap().is_empty(), "a checkpoint may still need them");
-    log.unlink(log.take_condemned());
+    assert!(!disk.list(&directory(0)).unwrap().is_empty(), "the removal may not be on the device yet");
+    log.unlink(log.take_freed());
     wait_until("the removal", || disk.list(&directory(0)).is_err());
-    log.unlink(log.take_condemned());
+    log.unlink(log.take_freed());
     assert_eq!(log.unwritten_bytes(), 0);
     models[1].check(&log, 5000);
 
@@ -201,7 +201,7 @@ fn a_deleted_partition_leaves_nothing_behind() {
     model.append(&log, &[0], 1000);
     wait_until("the write", || log.unwritten_bytes() == 0);
     log.apply(&ViewChange::Removed { partition: key(3) });
-    log.unlink(log.take_condemned());
+    log.unlink(log.take_freed());
     wait_until("the removal", || disk.list(&directory(3)).is_err());
     log.sync().unwrap();
 
@@ -215,7 +215,7 @@ fn a_deleted_partition_leaves_nothing_behind() {
     wait_until("the removal", || disk.list(&directory(1)).is_err());
     models[2].check(&log, 5000);
     log.apply(&ViewChange::Removed { partition: key(2) });
-    log.unlink(log.take_condemned());
+    log.unlink(log.take_freed());
     wait_until("the removal", || disk.list_dirs(Path::new(ROOT)).unwrap().is_empty());
     log.sync().unwrap();
 }

@@ -28,20 +28,14 @@ impl ShareGroup {
         stage: &mut Stage<'_>,
         key: PartitionKey,
         from: u64,
-        begun: u64,
         next: u64,
         records: &[ScannedRecord],
     ) {
         let Some(partition) = self.partitions.get_mut(&key) else { return };
-        let gaps = partition.queue.scanned(&partition.state, from, begun, next, records, stage.lsn);
         let mut settled = Settled::default();
-        for (gaps, ranges, expired) in
-            [(gaps.expired, &mut settled.expired, true), (gaps.skipped, &mut settled.skipped, false)]
-        {
-            for (first, count) in gaps {
-                partition.state.skip(first, first + count, expired);
-                ranges.extend([first, count]);
-            }
+        for (first, count) in partition.queue.scanned(&partition.state, from, next, records) {
+            partition.state.skip(first, first + count, false);
+            settled.skipped.extend([first, count]);
         }
         self.push_settled(stage, key, &[], settled);
         stage.pump.insert(self.name.clone());

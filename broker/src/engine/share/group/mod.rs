@@ -16,7 +16,7 @@ use super::acks::{self, push_ranges};
 use super::budget::{Budget, Charge, TRICKLE};
 use super::holders::Holders;
 use super::outage::Outage;
-use super::queue::Queue;
+use super::queue::{Queue, push_gap};
 use super::recent::{Recent, SettledAs};
 use super::settle::Desk;
 use super::state::{Cause, Ended, ShareState, change};
@@ -236,6 +236,27 @@ impl ShareGroup {
         }
         let leases = self.partitions.values().flat_map(|partition| partition.state.leases().values());
         self.ledger.outage.recount(leases.map(|lease| lease.granted_ms));
+    }
+
+    /// The log of a partition starts at `log_start` now: what lies below and was never handed out has expired. What is leased or
+    /// came back is kept.
+    pub(crate) fn expire(&mut self, stage: &mut Stage<'_>, key: PartitionKey, log_start: u64) {
+        let Some(partition) = self.partitions.get_mut(&key) else { return };
+        let state = &mut partition.state;
+        let mut undecided = Vec::new();
+        push_gap(&mut undecided, state, state.low(), log_start);
+        undecided.retain(|(first, count)| !state.is_all_settled(*first, first + count));
+        if undecided.is_empty() {
+            return;
+        }
+        let mut settled = Settled::default();
+        for (first, count) in undecided {
+            state.skip(first, first + count, true);
+            settled.expired.extend([first, count]);
+        }
+        partition.queue.expire(&partition.state, log_start, stage.lsn);
+        self.push_settled(stage, key, &[], settled);
+        stage.pump.insert(self.name.clone());
     }
 
     /// The group was moved on a partition, or its order changed, in the frame that is being staged.
