@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use clap::Subcommand;
+use felucca_broker::settings::ByteSize;
 use felucca_client::{Client, GroupDescription, GroupKind, GroupListing, SeekTo, ShareAlarm};
 use serde::Serialize;
 
 use super::output::{Column, Format, or_dash, print_json, print_line, print_table, show_millis};
 use super::parse::{Pair, Place, borrowed};
-use crate::byte_size::ByteSize;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Group {

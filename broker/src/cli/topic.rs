@@ -152,7 +152,9 @@ impl Topic {
 fn deleted(topic: &str, partition: u32, log_start: u64, format: Format) -> anyhow::Result<()> {
     match format {
         Format::Json => print_json(&Deleted { topic, partition, log_start })?,
-        Format::Table => print_line(&format!("partition {partition} of topic {topic} starts at {log_start}"))?,
+        Format::Table => {
+            print_line(&format!("partition {partition} of topic {topic} starts at {log_start}"))?;
+        }
     }
     Ok(())
 }

@@ -112,7 +112,12 @@ impl Engine {
         partition.assign(&mut batch.bytes);
         batch.header.base_offset = partition.end;
         let bytes = batch.bytes.freeze();
-        let write = partition.append(&batch.header, bytes.clone(), self.wall_ms, self.settings.max_producers_per_partition);
+        let write = partition.append(
+            &batch.header,
+            bytes.clone(),
+            self.wall_ms,
+            self.settings.max_producers_per_partition,
+        );
         let high_watermark = partition.end;
         let may_show = partition.may_show(high_watermark);
         self.desk.dirty.insert(super::stage::RowKey::Partition(key));

@@ -295,12 +295,25 @@ pub struct SegmentWrite {
 /// A change of what readers see, applied when the frame is written, before anything of it is shown.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ViewChange {
-    Created { partition: PartitionKey, topic: String, first_segment: SegmentName },
-    SegmentAdded { segment: SegmentName },
-    LogStartRaised { partition: PartitionKey, log_start: u64 },
+    Created {
+        partition: PartitionKey,
+        topic: String,
+        first_segment: SegmentName,
+    },
+    SegmentAdded {
+        segment: SegmentName,
+    },
+    LogStartRaised {
+        partition: PartitionKey,
+        log_start: u64,
+    },
     /// Segments of one partition.
-    SegmentsRemoved { segments: Vec<SegmentName> },
-    Removed { partition: PartitionKey },
+    SegmentsRemoved {
+        segments: Vec<SegmentName>,
+    },
+    Removed {
+        partition: PartitionKey,
+    },
 }
 
 /// The high watermark that holds once the frame has reached `level`.

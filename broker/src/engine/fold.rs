@@ -140,7 +140,10 @@ impl Engine {
                 let partition = self.partition_of(key)?;
                 if event.log_start < partition.log_start || event.log_start > partition.end {
                     let (start, end) = (partition.log_start, partition.end);
-                    return corrupt(format!("partition {key}, {start} to {end}, starts at {}", event.log_start));
+                    return corrupt(format!(
+                        "partition {key}, {start} to {end}, starts at {}",
+                        event.log_start
+                    ));
                 }
                 partition.log_start = event.log_start;
                 out.view_changes

@@ -416,9 +416,7 @@ impl Shared {
                 Ok(()) => {}
                 // Removed, and a checkpoint says so. One that only the memory says so of is still synced: the removal
                 // may be lost in a crash that this checkpoint survives.
-                Err(error)
-                    if error.kind() == io::ErrorKind::NotFound
-                        && self.place(name).is_none() => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound && self.place(name).is_none() => {}
                 Err(error) => return Err(self.fail("sync", self.context.files.log_path(name), error)),
             }
         }

@@ -16,7 +16,10 @@ use crate::log::{Condemned, SegmentWriter};
 pub(crate) enum Work {
     Checkpoint(Checkpoint),
     /// Files that nothing needs once the frame is on the device.
-    Free { lsn: Lsn, files: Condemned },
+    Free {
+        lsn: Lsn,
+        files: Condemned,
+    },
 }
 
 /// Commits one checkpoint at a time; the shard sends the next when it has heard of the last.

@@ -8,8 +8,8 @@ use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::clock::Clock;
 use super::checkpoint::Work;
+use super::clock::Clock;
 use super::core::Shard;
 use super::inbox::{DrainLimits, Inbox, News, Submission};
 use super::reads::Reads;

@@ -42,9 +42,13 @@ fn options() -> StorageOptions {
 
 /// A shard on the disk, and its door.
 async fn open(disk: &MemDisk) -> Result<(Running, Broker), StartError> {
+    open_with(disk, options()).await
+}
+
+async fn open_with(disk: &MemDisk, options: StorageOptions) -> Result<(Running, Broker), StartError> {
     let disk: Arc<dyn Disk> = Arc::new(disk.clone());
     let runtime = Handle::current();
-    let running = tokio::task::spawn_blocking(move || start(&disk, Path::new("/data"), options(), runtime));
+    let running = tokio::task::spawn_blocking(move || start(&disk, Path::new("/data"), options, runtime));
     let running = running.await.unwrap()?;
     let limits = BrokerLimits {
         batch: BatchLimits { max_batch_bytes: 1 << 20, max_record_bytes: 1 << 20, max_headers: 10 },
@@ -217,4 +221,114 @@ async fn whoever_calls_a_stopped_shard_is_told() {
     close(running).await;
     let error = broker.call(Command::ListGroups).await.unwrap_err();
     assert!(matches!(error, BrokerError::Engine(EngineError::Stopping)), "{error}");
+}
+
+/// Files of segments on the disk, with their bytes.
+fn segments(disk: &MemDisk) -> Vec<u64> {
+    let root = Path::new("/data/log");
+    let mut sizes = Vec::new();
+    for topic in disk.list_dirs(root).unwrap() {
+        for partition in disk.list_dirs(&root.join(&topic)).unwrap() {
+            let directory = root.join(&topic).join(partition);
+            let files = disk.list(&directory).unwrap_or_default();
+            let logs = files.iter().filter(|file| file.ends_with(".log"));
+            sizes.extend(logs.map(|file| disk.open(&directory.join(file)).unwrap().len().unwrap()));
+        }
+    }
+    sizes
+}
+
+async fn eventually(what: &str, condition: impl Fn() -> bool) {
+    for _ in 0..2_000 {
+        if condition() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("{what} does not happen");
+}
+
+async fn append_large(broker: &Broker, timestamp: i64) -> u64 {
+    let mut builder = BatchBuilder::new();
+    builder.push(timestamp, None, Some(&vec![7; 30_000]), &[]).unwrap();
+    let bytes = builder.finish();
+    let batch = StagedBatch { header: BatchHeader::parse(&bytes).unwrap(), bytes };
+    let entries = vec![AppendEntry { partition: PARTITION, batch }];
+    match broker.call(Command::Append { level: Level::Synced, entries }).await.unwrap() {
+        Reply::Appended(mut results) => results.remove(0).unwrap().base_offset,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// No checkpoint but the last.
+fn without_checkpoints() -> StorageOptions {
+    let checkpoint = CheckpointOptions { interval: Duration::from_hours(1), journal_bytes: 1 << 40 };
+    StorageOptions { checkpoint, ..options() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_topic_gives_its_space_back_without_a_checkpoint_and_a_replay_does_without() {
+    let disk = MemDisk::new();
+    for round in 0..3 {
+        let (running, broker) = open_with(&disk, without_checkpoints()).await.unwrap();
+        create_topic(&broker, &[]).await;
+        for _ in 0..10 {
+            append_large(&broker, 0).await;
+        }
+        let delete = Command::DeleteTopic { name: "orders".to_owned() };
+        eventually("a write", || segments(&disk).iter().sum::<u64>() > 250_000).await;
+        if round == 1 {
+            // A checkpoint that knows the topic, and then no other.
+            close(running).await;
+            let (again, broker) = open_with(&disk, without_checkpoints()).await.unwrap();
+            broker.call(delete).await.unwrap();
+            eventually("the removal", || segments(&disk).is_empty()).await;
+            disk.kill();
+            close(again).await;
+        } else {
+            broker.call(delete).await.unwrap();
+            eventually("the removal", || segments(&disk).is_empty()).await;
+            disk.power_cut(round);
+            close(running).await;
+        }
+        let (running, broker) = open_with(&disk, without_checkpoints()).await.unwrap();
+        assert!(broker.topic("orders").await.is_err());
+        eventually("the removal after the replay", || segments(&disk).is_empty()).await;
+        create_topic(&broker, &[]).await;
+        assert_eq!(append_large(&broker, 0).await, 0);
+        broker.call(Command::DeleteTopic { name: "orders".to_owned() }).await.unwrap();
+        close(running).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn retention_frees_space_and_offsets_go_on_over_crashes() {
+    let mut options = options();
+    options.engine.retention_interval = Duration::from_millis(20);
+    let disk = MemDisk::new();
+    let mut end = 0;
+    for round in 0..4 {
+        let (running, broker) = open_with(&disk, options.clone()).await.unwrap();
+        if round == 0 {
+            create_topic(&broker, &[("retention-bytes", "64KiB"), ("segment-bytes", "64KiB")]).await;
+        }
+        let view = broker.view(PARTITION).unwrap();
+        assert_eq!(view.high_watermark(), end, "round {round}");
+        let start = view.log_start();
+        for _ in 0..20 {
+            assert_eq!(append_large(&broker, i64::MAX).await, end);
+            end += 1;
+        }
+        eventually("the deletion", || view.log_start() + 5 > end && view.log_start() > start).await;
+        eventually("the removal", || segments(&disk).len() <= 4).await;
+        let delete = Command::DeleteRecords { topic: "orders".to_owned(), partition: 0, before: end };
+        broker.call(delete).await.unwrap();
+        assert_eq!((view.log_start(), view.bytes()), (end, 0));
+        disk.power_cut(round);
+        close(running).await;
+        let (running, broker) = open_with(&disk, options.clone()).await.unwrap();
+        let view = broker.view(PARTITION).unwrap();
+        assert_eq!((view.log_start(), view.high_watermark()), (end, end), "round {round}");
+        close(running).await;
+    }
 }

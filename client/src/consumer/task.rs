@@ -241,11 +241,7 @@ impl Task {
     }
 
     /// What the log says of partitions of one topic.
-    async fn offsets(
-        &self,
-        keys: &[&Key],
-        timestamp: Option<i64>,
-    ) -> Result<Vec<message::PartitionOffsets>> {
+    async fn offsets(&self, keys: &[&Key], timestamp: Option<i64>) -> Result<Vec<message::PartitionOffsets>> {
         let Some((topic_id, _)) = keys.first() else { return Ok(Vec::new()) };
         let partitions = keys.iter().map(|(_, partition)| *partition).collect();
         let request = message::ListOffsets { topic_id: topic_id.clone(), partitions, timestamp };

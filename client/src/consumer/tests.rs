@@ -128,11 +128,8 @@ async fn a_consumer_that_may_goes_on_where_the_log_is_left() {
                 break Asked { api: Api::ListOffsets, correlation, message, payload: Bytes::new() };
             }
         };
-        let partitions = vec![message::PartitionOffsets {
-            log_start: 40,
-            high_watermark: 100,
-            ..Default::default()
-        }];
+        let partitions =
+            vec![message::PartitionOffsets { log_start: 40, high_watermark: 100, ..Default::default() }];
         connection.reply(&asked, &message::ListOffsetsReply { partitions }).await;
         let (_, positions) = subscribe(&mut connection).await;
         assert_eq!(positions, [(0, next)]);

@@ -107,10 +107,12 @@ impl World {
     }
 
     pub(crate) fn append_to_model(&mut self, batch: &Appended, origin: Option<super::model::log::Origin>) {
+        let times = batch.records.iter().map(|record| record.timestamp.min(self.now.wall_ms));
+        let entries: Vec<_> = batch.entries.iter().copied().zip(times).collect();
         self.model.appended(
             &batch.key,
             batch.base,
-            &batch.entries,
+            &entries,
             origin,
             self.settings.max_producers_per_partition,
         );

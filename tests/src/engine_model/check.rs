@@ -54,10 +54,18 @@ impl World {
                     assert_eq!(found, Some(*identity), "acknowledged record {offset} of {key}");
                 }
             }
+            Fact::Deleted { key, log_start } => {
+                let Some(log) = self.model.logs.get(key) else { return };
+                assert!(log.log_start >= *log_start, "deleted records of {key} are back");
+            }
             Fact::Done { group, key, instance, offset } => {
                 let part = self.model.shares.get(group).and_then(|share| share.parts.get(key));
                 let Some(part) = part.filter(|part| part.instance == *instance) else { return };
-                assert!(!part.is_unsettled(*offset), "confirmed ack of {offset} of {key} in {group}");
+                let expired = *offset < self.model.logs[key].log_start && !part.records.contains_key(offset);
+                assert!(
+                    expired || !part.is_unsettled(*offset),
+                    "confirmed ack of {offset} of {key} in {group}"
+                );
             }
         }
     }
@@ -283,6 +291,7 @@ impl World {
             assert_eq!(info.lag, unsettled.len() as u64, "lag of {group} {key}");
             let elsewhere = info.leased + info.scheduled + info.held + info.exhausted;
             assert_eq!(info.available, info.lag.saturating_sub(elsewhere), "available of {group} {key}");
+            assert_eq!(info.expired, counts.expired, "expired of {group} {key}");
             assert_eq!(info.oldest_unsettled, unsettled.first().copied(), "{group} {key}");
         }
     }

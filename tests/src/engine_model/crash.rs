@@ -2,7 +2,7 @@
 
 use felucca_broker::engine::Engine;
 use felucca_broker::engine::command::Command;
-use felucca_broker::engine::effect::{Effects, Reply};
+use felucca_broker::engine::effect::{Effects, Reply, ViewChange};
 use felucca_broker::engine::error::EngineError;
 use felucca_broker::engine::event::{MetaRow, PartitionRow, ShareRow};
 use felucca_broker::engine::types::{RequestId, SubscriptionId};
@@ -79,6 +79,13 @@ impl World {
             engine.replay(events, batches.clone(), &mut out).expect("a frame that was written is good");
             for write in &out.segment_writes {
                 self.logs.write(write);
+            }
+            for change in &out.view_changes {
+                if let ViewChange::SegmentsRemoved { segments } = change {
+                    for segment in segments {
+                        self.logs.remove(*segment);
+                    }
+                }
             }
         }
         for (key, log) in &self.model.logs {

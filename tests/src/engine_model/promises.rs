@@ -9,6 +9,8 @@ use felucca_broker::engine::types::{LeaseId, Level, PartitionKey};
 pub(crate) enum Fact {
     /// These records are at these offsets.
     Stored { key: PartitionKey, base: u64, identities: Vec<u64> },
+    /// The log starts there, or above.
+    Deleted { key: PartitionKey, log_start: u64 },
     /// The record is done with in this group: never to be handed out again (before a seek).
     Done { group: String, key: PartitionKey, instance: u64, offset: u64 },
 }
@@ -45,6 +47,7 @@ impl Promises {
                     self.show(*key, offset, *identity);
                 }
             }
+            Fact::Deleted { .. } => {}
             Fact::Done { group, key, instance, offset } => {
                 self.done.insert(((group.clone(), *key, *instance), *offset));
             }

@@ -1,7 +1,8 @@
 //! What is on the disk: frames, checkpoints, and the log that readers see.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
 
 use bytes::Bytes;
 use felucca_broker::engine::checkpoint::Row;
@@ -41,14 +42,18 @@ pub(crate) struct Appended {
 #[derive(Debug, Default)]
 pub(crate) struct Logs {
     pub(crate) records: BTreeMap<PartitionKey, BTreeMap<u64, (Entry, Record)>>,
-    /// Length of every segment.
-    segments: BTreeMap<SegmentName, u64>,
+    /// Length of every segment that there is, and where it ends.
+    segments: BTreeMap<SegmentName, (u64, u64)>,
+    /// Names that may not come again.
+    removed: BTreeSet<SegmentName>,
 }
 
 impl Logs {
     /// Takes in a batch; its place in the segment must be the next free one.
     pub(crate) fn write(&mut self, write: &SegmentWrite) -> Appended {
-        let length = self.segments.entry(write.segment).or_default();
+        assert!(!self.removed.contains(&write.segment), "{:?} was removed", write.segment);
+        let (length, end) = self.segments.entry(write.segment).or_default();
+        *end = write.last_offset + 1;
         assert_eq!(write.position, *length, "batch {} of {:?}", write.base_offset, write.segment);
         *length += write.bytes.len() as u64;
         let appended = parse(write);
@@ -56,6 +61,15 @@ impl Logs {
         let pairs = appended.entries.iter().copied().zip(appended.records.iter().cloned());
         records.extend((appended.base..).zip(pairs));
         appended
+    }
+}
+
+impl Logs {
+    /// Removes a segment; answers the offsets that it held, at most.
+    pub(crate) fn remove(&mut self, segment: SegmentName) -> Range<u64> {
+        assert!(self.removed.insert(segment), "{segment:?} was removed before");
+        let (_, end) = self.segments.remove(&segment).unwrap_or((0, segment.base_offset));
+        segment.base_offset..end
     }
 }
 

@@ -6,7 +6,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use felucca_broker::engine::Engine;
 use felucca_broker::engine::command::{Command, LeaseRef};
 use felucca_broker::engine::config::EngineSettings;
-use felucca_broker::engine::effect::{DeadLetterRead, Delivery, Effects, Reply, Scan, SettleStatus};
+use felucca_broker::engine::effect::{
+    DeadLetterRead, Delivery, Effects, Reply, Scan, SettleStatus, ViewChange,
+};
 use felucca_broker::engine::event::{Event, event::Kind};
 use felucca_broker::engine::types::{Level, Lsn, Now, PartitionKey, RequestId, SubscriptionId, TopicId};
 
@@ -69,6 +71,9 @@ pub(crate) struct World {
     seen_writes: usize,
     seen_deliveries: usize,
     seen_reads: usize,
+    seen_changes: usize,
+    /// Records are being deleted by command.
+    pub(crate) deleting: Option<(PartitionKey, u64)>,
     pub(crate) pending: VecDeque<Pending>,
     pub(crate) facts: BTreeMap<RequestId, Vec<Fact>>,
     last_request: u64,
@@ -121,6 +126,8 @@ impl World {
             seen_writes: 0,
             seen_deliveries: 0,
             seen_reads: 0,
+            seen_changes: 0,
+            deleting: None,
             pending: VecDeque::new(),
             facts: BTreeMap::new(),
             last_request: 0,
@@ -170,7 +177,8 @@ impl World {
     /// `may_lack`: unsynced writes may be gone.
     pub(crate) fn boot(&mut self, forgotten: Lsn, may_lack: bool) {
         self.out = Effects::default();
-        (self.seen_writes, self.seen_deliveries, self.seen_reads) = (0, 0, 0);
+        (self.seen_writes, self.seen_deliveries, self.seen_reads, self.seen_changes) = (0, 0, 0, 0);
+        self.deleting = None;
         self.pending.clear();
         self.facts.clear();
         self.scans.clear();
@@ -253,7 +261,7 @@ impl World {
             self.check_fresh();
         }
         let mut out = std::mem::take(&mut self.out);
-        (self.seen_writes, self.seen_deliveries, self.seen_reads) = (0, 0, 0);
+        (self.seen_writes, self.seen_deliveries, self.seen_reads, self.seen_changes) = (0, 0, 0, 0);
         self.was_busy |= !out.events.is_empty();
         if fate == Fate::Unwritten {
             return;
@@ -374,6 +382,11 @@ impl World {
             let appended = self.logs.write(&write);
             self.fresh.push(appended);
         }
+        let changes = self.out.view_changes[self.seen_changes..].to_vec();
+        self.seen_changes = self.out.view_changes.len();
+        for change in changes {
+            self.log_changed(change);
+        }
         for scan in std::mem::take(&mut self.out.scans) {
             assert!(
                 scan.until <= self.live.may_show(&scan.partition),
@@ -386,6 +399,32 @@ impl World {
         self.seen_deliveries = self.out.deliveries.len();
         for delivery in deliveries {
             self.grant(&delivery);
+        }
+    }
+
+    /// Records go only when they may, and their bytes only when nobody has them in hand.
+    fn log_changed(&mut self, change: ViewChange) {
+        match change {
+            ViewChange::LogStartRaised { partition, log_start } => {
+                self.note(|| format!("    {partition} starts at {log_start}"));
+                let asked = self.deleting == Some((partition, log_start));
+                assert!(
+                    asked || self.model.has_outlived(&partition, log_start, self.now.wall_ms),
+                    "{partition} may not start at {log_start}"
+                );
+                assert!(log_start <= self.live.may_show(&partition), "nobody has seen what is deleted");
+                self.model.raise_log_start(&partition, log_start);
+            }
+            ViewChange::SegmentsRemoved { segments } => {
+                for segment in segments {
+                    let gone = self.logs.remove(segment);
+                    let key = segment.partition;
+                    let live = gone.end > self.model.logs[&key].log_start && !gone.is_empty();
+                    let in_hand = self.model.in_hand(&key, gone.start, gone.end);
+                    assert!(!live && !in_hand, "{segment:?} to {} is needed", gone.end);
+                }
+            }
+            _ => {}
         }
     }
 

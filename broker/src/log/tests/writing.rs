@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::*;
 use crate::disk::{Disk, WriteFault};
+use crate::log::ReadError;
 
 fn wait_until(what: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -266,4 +267,113 @@ fn a_sync_waits_for_all_that_came_before_it() {
         model.check(&log, 5000);
         model.check_lookups(&log);
     }
+}
+
+/// What the engine does when it raises the log start to the base of a segment.
+fn cut(model: &mut Model, log: &SegmentWriter, segments: usize, kept: &[usize]) {
+    let log_start = model.info.segments[segments].0.base_offset;
+    log.apply(&ViewChange::LogStartRaised { partition: model.info.partition, log_start });
+    model.info.log_start = log_start;
+    let names: Vec<SegmentName> = model.info.segments.iter().map(|(name, _)| *name).collect();
+    let going: Vec<SegmentName> = (0..segments).filter(|at| !kept.contains(at)).map(|at| names[at]).collect();
+    model.info.segments.retain(|(name, _)| !going.contains(name));
+    log.apply(&ViewChange::SegmentsRemoved { segments: going });
+}
+
+#[test]
+fn segments_below_the_log_start_go_and_share_groups_read_what_is_kept() {
+    let disk = MemDisk::new();
+    for options in [options(), forgetful()] {
+        let disk = disk.fork();
+        let log = start(&disk, &options);
+        let mut model = Model::new(0, 10_000);
+        model.create(&log);
+        for at in 0..60 {
+            model.append(&log, &[at, at], 900);
+        }
+        model.publish(&log);
+        let kept = model.info.segments[1].0;
+        cut(&mut model, &log, 4, &[1]);
+        assert_eq!(model.view(&log).log_start(), model.info.log_start);
+        model.check(&log, 3000);
+        model.check_lookups(&log);
+        let below = model.view(&log).read(kept.base_offset, 1).unwrap_err();
+        assert!(matches!(below, ReadError::BelowStart { .. }), "{below}");
+        let here = read_record(&model.view(&log), kept.base_offset + 1).unwrap();
+        assert_eq!(here.map(|record| record.offset), Some(kept.base_offset + 1));
+        log.sync().unwrap();
+        log.unlink(log.take_condemned());
+        let mut files = disk.list(&Path::new(ROOT).join(key(0).topic.to_string()).join("0")).unwrap();
+        files.retain(|file| file.ends_with(".log"));
+        assert_eq!(files.len(), model.info.segments.len());
+        drop(log);
+        let log = start(&disk, &forgetful());
+        log.restore(&model.info);
+        log.condemn_unknown().unwrap();
+        assert!(log.take_condemned().is_empty());
+        model.check(&log, 3000);
+        let here = read_record(&model.view(&log), kept.base_offset + 1).unwrap();
+        assert_eq!(here.map(|record| record.offset), Some(kept.base_offset + 1));
+        // Nothing is found where nothing is left.
+        assert_eq!(read_record(&model.view(&log), 0).unwrap(), None);
+        let wanted =
+            Scan { group: String::new(), partition: key(0), from: 0, until: model.info.end, max_records: 1 };
+        let scanned = scan(&model.view(&log), &wanted).unwrap();
+        assert_eq!((scanned.records[0].offset, scanned.next), (kept.base_offset, kept.base_offset + 1));
+    }
+}
+
+#[test]
+fn a_segment_that_goes_while_it_is_read_is_no_damage() {
+    let disk = MemDisk::new();
+    let log = start(&disk, &forgetful());
+    let mut model = Model::new(0, 4_000);
+    model.create(&log);
+    for at in 0..400 {
+        model.append(&log, &[at], 900);
+    }
+    model.publish(&log);
+    log.sync().unwrap();
+    let view = model.view(&log);
+    let reader = std::thread::spawn(move || {
+        let (mut offset, mut moved) = (0, 0);
+        while offset < 400 {
+            match view.read(offset, 1) {
+                Ok(batches) => offset = BatchHeader::parse(&batches[0]).unwrap().last_offset() + 1,
+                Err(ReadError::BelowStart { log_start }) => (offset, moved) = (log_start, moved + 1),
+                Err(error) => panic!("{error}"),
+            }
+            view.offset_for_timestamp(offset.cast_signed()).unwrap();
+        }
+        moved
+    });
+    while model.info.segments.len() > 5 {
+        cut(&mut model, &log, 4, &[]);
+        log.unlink(log.take_condemned());
+    }
+    reader.join().unwrap();
+    model.check(&log, 3000);
+}
+
+#[test]
+fn what_a_crash_left_of_removed_segments_is_found() {
+    let disk = MemDisk::new();
+    let log = start(&disk, &options());
+    let mut model = Model::new(0, 10_000);
+    model.create(&log);
+    for at in 0..60 {
+        model.append(&log, &[at], 900);
+    }
+    model.publish(&log);
+    log.sync().unwrap();
+    cut(&mut model, &log, 2, &[]);
+    drop(log);
+    let log = start(&disk, &options());
+    log.restore(&model.info);
+    log.condemn_unknown().unwrap();
+    log.unlink(log.take_condemned());
+    let files = disk.list(&Path::new(ROOT).join(key(0).topic.to_string()).join("0")).unwrap();
+    let logs = files.iter().filter(|file| file.ends_with(".log")).count();
+    assert_eq!(logs, model.info.segments.len());
+    model.check(&log, 5000);
 }

@@ -37,8 +37,12 @@ impl Producer {
 
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Log {
+    /// Records below it are for share groups that had them in hand before.
+    pub(crate) log_start: u64,
     pub(crate) end: u64,
     pub(crate) entries: BTreeMap<u64, Entry>,
+    /// When each record was made, or appended if that was before, Unix ms.
+    pub(crate) times: BTreeMap<u64, i64>,
     pub(crate) producers: BTreeMap<u64, Producer>,
     /// Records may have been shown before they were synced: a power loss may leave a gap.
     pub(crate) was_written: bool,
@@ -85,19 +89,46 @@ impl Model {
         }
     }
 
+    /// Whether retention may delete everything below `log_start` now.
+    pub(crate) fn has_outlived(&self, key: &PartitionKey, log_start: u64, wall_ms: i64) -> bool {
+        let Some(retention_ms) = self.topics[&key.topic].retention_ms else { return false };
+        let log = &self.logs[key];
+        let mut going = log.times.range(log.log_start..log_start).map(|(_, time)| *time);
+        going.all(|time| time + retention_ms.cast_signed() < wall_ms)
+    }
+
+    /// Deletes what lies below: what no share group was given yet is expired.
+    pub(crate) fn raise_log_start(&mut self, key: &PartitionKey, log_start: u64) {
+        let log = self.logs.get_mut(key).expect("a known partition");
+        assert!((log.log_start..=log.end).contains(&log_start), "{key} starts at {log_start}: {log:?}");
+        for part in self.shares.values_mut().filter_map(|share| share.parts.get_mut(key)) {
+            let from = part.start.max(log.log_start).min(log_start);
+            let going = log.entries.range(from..log_start).map(|(offset, _)| *offset);
+            part.counts.expired += going.filter(|offset| !part.records.contains_key(offset)).count() as u64;
+        }
+        log.log_start = log_start;
+    }
+
+    /// Whether a share group still has to do with a record in `from..until`.
+    pub(crate) fn in_hand(&self, key: &PartitionKey, from: u64, until: u64) -> bool {
+        let parts = self.shares.values().filter_map(|share| share.parts.get(key));
+        parts.flat_map(|part| part.records.range(from..until)).any(|(_, record)| !record.is_settled())
+    }
+
     /// Takes in a batch that was appended.
     pub(crate) fn appended(
         &mut self,
         key: &PartitionKey,
         base: u64,
-        entries: &[Entry],
+        entries: &[(Entry, i64)],
         origin: Option<Origin>,
         max_producers: u64,
     ) {
         let log = self.logs.get_mut(key).expect("an append to a partition that the model does not have");
         assert_eq!(base, log.end, "offsets of {key} are not dense");
-        for (offset, entry) in (base..).zip(entries) {
+        for (offset, (entry, time)) in (base..).zip(entries) {
             log.entries.insert(offset, *entry);
+            log.times.insert(offset, *time);
         }
         log.end += entries.len() as u64;
         let Some(origin) = origin else { return };

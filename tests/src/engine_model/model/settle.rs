@@ -48,7 +48,8 @@ impl Model {
         }
         let Some(record) = part.records.get(&offset) else {
             // A record that is not there, or is none of the group's business, counts as done with.
-            let is_there = self.logs[&partition].entries.contains_key(&offset) && offset >= part.start;
+            let log = &self.logs[&partition];
+            let is_there = log.entries.contains_key(&offset) && offset >= part.start.max(log.log_start);
             return if is_there { vec![Stale] } else { vec![Stale, long_ago] };
         };
         let mut right = Vec::new();

@@ -172,6 +172,7 @@ pub(crate) struct Counts {
     pub(crate) discarded: u64,
     pub(crate) deliveries: u64,
     pub(crate) failures: u64,
+    pub(crate) expired: u64,
 }
 
 /// A group on a partition.
@@ -191,6 +192,7 @@ impl Part {
         Self { instance, since, start, records: BTreeMap::new(), counts: Counts::default() }
     }
 
+    /// Of a record that the log has, or that was handed out.
     pub(crate) fn is_unsettled(&self, offset: u64) -> bool {
         offset >= self.start && self.records.get(&offset).is_none_or(|record| !record.is_settled())
     }
@@ -198,7 +200,8 @@ impl Part {
     /// The unsettled records of the log below `end`.
     pub(crate) fn unsettled<'a>(&'a self, log: &'a Log, end: u64) -> impl Iterator<Item = u64> + 'a {
         let known = log.entries.range(self.start.min(end)..end).map(|(offset, _)| *offset);
-        known.filter(|offset| self.is_unsettled(*offset))
+        let is_there = |offset: &u64| *offset >= log.log_start || self.records.contains_key(offset);
+        known.filter(move |offset| is_there(offset) && self.is_unsettled(*offset))
     }
 
     /// The oldest unsettled record of the same key slot before `offset`, in a key-ordered group.
@@ -295,6 +298,7 @@ impl Model {
         assert!(offset >= part.start && log.entries.contains_key(&offset), "no such record: {}", context());
         assert!(offset < may_show, "granted before it may be seen: {}", context());
         let before = part.records.get(&offset);
+        assert!(before.is_some() || offset >= log.log_start, "it was deleted: {}", context());
         let held = share.held_by(&grant.member);
         assert!(!held.contains(&true), "granted beside a record that is to be alone: {}", context());
         let alone = before.is_some_and(|record| record.alone);

@@ -20,6 +20,7 @@ pub(crate) struct Topic {
     pub(crate) allow_written: bool,
     /// Visibility `written`.
     pub(crate) early: bool,
+    pub(crate) retention_ms: Option<u64>,
 }
 
 pub(crate) fn keys(id: TopicId, partitions: u32) -> impl Iterator<Item = PartitionKey> {

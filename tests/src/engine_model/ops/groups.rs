@@ -164,7 +164,9 @@ impl World {
 
     fn add_companion(&mut self, id: TopicId, name: &str, partitions: u32, kind: Kind) {
         let name = name.to_owned();
-        self.model.add_topic(id, Topic { name, partitions, kind, allow_written: false, early: false });
+        let retention_ms = matches!(kind, Kind::Letters { .. }).then_some(14 * 24 * 3_600_000);
+        let topic = Topic { name, partitions, kind, allow_written: false, early: false, retention_ms };
+        self.model.add_topic(id, topic);
     }
 
     fn start_share(
@@ -178,7 +180,8 @@ impl World {
         let mut parts = BTreeMap::new();
         let keys: Vec<PartitionKey> = topics.iter().flat_map(|id| self.model.topic_keys(*id)).collect();
         for key in keys {
-            let start = if from_end { self.model.logs[&key].end } else { 0 };
+            let log = &self.model.logs[&key];
+            let start = if from_end { log.end } else { log.log_start };
             parts.insert(key, Part::new(self.instance(), self.lsn(), start));
         }
         let topics = topics.clone();
@@ -267,7 +270,7 @@ impl World {
             self.model.shares.keys().chain(self.model.consumers.keys()).cloned().collect();
         let Some(group) = self.rng.pick(&names).cloned() else { return };
         let Some(key) = self.any_partition() else { return };
-        let end = self.model.logs[&key].end;
+        let (log_start, end) = (self.model.logs[&key].log_start, self.model.logs[&key].end);
         let to = match self.rng.below(4) {
             0 => SeekTo::Beginning,
             1 => SeekTo::End,
@@ -278,9 +281,9 @@ impl World {
         let positions = vec![(key.partition, to)];
         let command = Command::SeekGroup { group: group.clone(), topic: name, positions };
         let start = match to {
-            SeekTo::Beginning => 0,
+            SeekTo::Beginning => log_start,
             SeekTo::End => end,
-            SeekTo::Offset(offset) => offset,
+            SeekTo::Offset(offset) => offset.max(log_start),
         };
         if start > end {
             self.refused(command, |error| matches!(error, EngineError::OffsetOutOfRange { .. }));
