@@ -49,3 +49,7 @@ docs-config:
 # Regenerates the batches that Apache's Kafka library writes (needs a JDK and Maven).
 kafka-fixtures:
     tests/fixtures/kafka/generate.sh tests/fixtures/kafka/data
+
+# Counts instructions of hot work against the baseline; `just instructions --write` makes a new one.
+instructions *flags:
+    benches/instructions.sh {{ flags }}
