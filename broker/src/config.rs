@@ -159,6 +159,11 @@ pub static KEYS: &[Key] = &[
         "Memory for the most recent batches",
     ),
     key(
+        "reread-cache-bytes",
+        Kind::Bytes(|s| &mut s.reread_cache_bytes, ByteSize::mib(0), ByteSize::gib(64)),
+        "Memory for batches read from disk for share groups",
+    ),
+    key(
         "share-state-bytes",
         Kind::Bytes(|s| &mut s.share_state_bytes, ByteSize::mib(1), ByteSize::gib(1024)),
         "Memory for the state of all share groups before new records are handed out a few at a time",

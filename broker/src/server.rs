@@ -205,6 +205,7 @@ fn storage_options(settings: &ServerSettings) -> StorageOptions {
         log: LogOptions {
             unwritten_bytes: settings.unwritten_bytes.0,
             tail_bytes: settings.tail_cache_bytes.as_usize(),
+            reread_bytes: settings.reread_cache_bytes.as_usize(),
             open_files: settings.open_files as usize,
             ..LogOptions::default()
         },

@@ -63,6 +63,8 @@ pub struct ServerSettings {
     pub unwritten_bytes: ByteSize,
     /// Memory for the most recent batches of all partitions, so that readers near the end need no disk.
     pub tail_cache_bytes: ByteSize,
+    /// Memory for batches read from disk for share groups, which come back for the rest of their records.
+    pub reread_cache_bytes: ByteSize,
     /// Memory for the state of all share groups; when it is spent, new records are handed out a few at a time.
     pub share_state_bytes: ByteSize,
     /// Segment files held open.
@@ -155,6 +157,7 @@ impl Default for ServerSettings {
             retention: RetentionSettings { check_interval: Duration::from_secs(10) },
             unwritten_bytes: ByteSize::mib(64),
             tail_cache_bytes: ByteSize::mib(64),
+            reread_cache_bytes: ByteSize::mib(128),
             share_state_bytes: ByteSize::gib(1),
             open_files: 1024,
             checkpoint: CheckpointSettings {

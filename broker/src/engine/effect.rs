@@ -260,6 +260,8 @@ pub struct Scan {
     /// Exclusive; at or below the high watermark.
     pub until: u64,
     pub max_records: usize,
+    /// What is found will soon be handed out, as far as anybody knows.
+    pub soon: bool,
 }
 
 /// Asks for the dead letter of an exhausted record, answered by `Command::DeadLetterBuilt`.

@@ -7,9 +7,9 @@ use felucca_protocol::batch::{self, BatchError, BatchHeader};
 
 use super::error::ReadError;
 use super::segment::PlacedBatch;
-use super::view::{ReadView, Reader};
+use super::view::ReadView;
 
-/// Bytes read at a time. Small, because leased records may lie far apart.
+/// Bytes read at a time.
 const READ_BYTES: usize = 256 << 10;
 
 /// Why the records at given offsets cannot all be read.
@@ -39,7 +39,7 @@ impl ReadView {
     /// # Errors
     /// One of them cannot be read; which, and why.
     pub fn read_exactly_from_memory(&self, offsets: &[u64]) -> Result<Option<Vec<Bytes>>, ExactReadError> {
-        exactly(offsets, |offset| self.read_memory(Reader::ShareGroup, offset, READ_BYTES))
+        exactly(offsets, |offset, max_bytes| self.reread_memory(offset, max_bytes))
     }
 
     /// As [`Self::read_exactly_from_memory`], reading from disk what is not in memory, on one of a bounded number of
@@ -53,22 +53,25 @@ impl ReadView {
             return Ok(found);
         }
         let on_disk = self.on_disk_thread(move |view| {
-            Ok(exactly(&offsets, |offset| view.read_placed(Reader::ShareGroup, offset, READ_BYTES).map(Some)))
+            Ok(exactly(&offsets, |offset, max_bytes| view.read_kept(offset, max_bytes).map(Some)))
         });
         // Every read answers, so there is something.
         on_disk.await.map_err(|cause| ExactReadError::Read { offset, cause })?.map(Option::unwrap_or_default)
     }
 }
 
-/// `read` gives the batches from an offset on, or `None` where it cannot say.
+/// `read` gives the batches from an offset on, up to so many bytes, or `None` where it cannot say.
 fn exactly(
     offsets: &[u64],
-    read: impl Fn(u64) -> Result<Option<Vec<PlacedBatch>>, ReadError>,
+    read: impl Fn(u64, usize) -> Result<Option<Vec<PlacedBatch>>, ReadError>,
 ) -> Result<Option<Vec<Bytes>>, ExactReadError> {
+    let span = offsets.last().zip(offsets.first()).map_or(0, |(last, first)| last - first);
+    // Of records that lie far apart, one batch at a time.
+    let max_bytes = if span / 4 < offsets.len() as u64 { READ_BYTES } else { 0 };
     let mut found = Vec::new();
     let mut rest = offsets;
     while let Some(&offset) = rest.first() {
-        let batches = match read(offset) {
+        let batches = match read(offset, max_bytes) {
             Ok(Some(batches)) => batches,
             Ok(None) => return Ok(None),
             Err(cause) => return Err(ExactReadError::Read { offset, cause }),

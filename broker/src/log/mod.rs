@@ -11,7 +11,7 @@
 //! in large pieces, and synced only for the checkpoint.
 //!
 //! Order of reading: `view` (what readers see), `tail`, `segment`, `walk` (reading and proving), `index`, `queue`,
-//! `writer` (its front), `thread` (what it does), `scan` (looking into batches), `exact` (single records out of them); `inspect` looks at segment files from
+//! `writer` (its front), `thread` (what it does), `scan` (looking into batches), `exact` (single records out of them), `reread` (what was read for both); `inspect` looks at segment files from
 //! outside.
 
 mod error;
@@ -21,6 +21,7 @@ mod index;
 mod inspect;
 mod lru;
 mod queue;
+mod reread;
 mod scan;
 mod segment;
 mod tail;

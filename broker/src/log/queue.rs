@@ -215,6 +215,7 @@ mod tests {
     use crate::engine::effect::SegmentName;
     use crate::engine::types::TopicId;
     use crate::log::files::SegmentFiles;
+    use crate::log::reread::RereadCache;
     use crate::log::segment::Segment;
     use crate::log::tail::TailBudget;
     use crate::log::view::LogContext;
@@ -240,6 +241,7 @@ mod tests {
         let context = LogContext {
             files: SegmentFiles::new(Arc::new(MemDisk::new()), Path::new("/").into(), 1, 0),
             budget: TailBudget::new(0),
+            rereads: RereadCache::new(0),
             disk_reads: Arc::new(Semaphore::new(1)),
         };
         let view = Arc::new(ReadView::new(Arc::new(context), &info));

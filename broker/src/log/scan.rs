@@ -32,7 +32,16 @@ pub struct Scanned {
 /// [`ReadError::AboveEnd`] when the scan begins above the high watermark; damage and failures of the disk, unless they
 /// come after records that can be given out.
 pub fn scan(view: &ReadView, scan: &Scan) -> Result<Scanned, ReadError> {
-    let read = |offset| view.read_placed(Reader::ShareGroup, offset, SCAN_BYTES).map(Some);
+    // Records of a key wait for one another: far more is scanned than handed out soon.
+    let keep = scan.soon;
+    let read = |offset| {
+        let batches = if keep {
+            view.read_kept(offset, SCAN_BYTES)
+        } else {
+            view.read_placed(Reader::ShareGroup, offset, SCAN_BYTES)
+        };
+        batches.map(Some)
+    };
     // Every read answers, so the scan does.
     scan_with(view, scan, &read).map(Option::unwrap_or_default)
 }

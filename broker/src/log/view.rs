@@ -23,6 +23,7 @@ use tokio::sync::{Notify, Semaphore};
 
 use super::error::ReadError;
 use super::files::SegmentFiles;
+use super::reread::RereadCache;
 use super::segment::{PlacedBatch, Segment};
 use super::tail::{Tail, TailBudget, TailRead};
 use crate::engine::PartitionInfo;
@@ -34,6 +35,7 @@ use crate::engine::types::PartitionKey;
 pub(super) struct LogContext {
     pub(super) files: SegmentFiles,
     pub(super) budget: TailBudget,
+    pub(super) rereads: RereadCache,
     /// Bounds the threads that may wait for the disk on behalf of readers.
     pub(super) disk_reads: Arc<Semaphore>,
 }
@@ -235,6 +237,26 @@ impl ReadView {
         }
     }
 
+    /// As [`Self::read`] for share groups, and keeps for a while what it reads from disk; for [`Self::reread_memory`].
+    pub(super) fn read_kept(&self, offset: u64, max_bytes: usize) -> Result<Vec<PlacedBatch>, ReadError> {
+        if let Some(batches) = self.reread_memory(offset, max_bytes)? {
+            return Ok(batches);
+        }
+        let batches = self.read_placed(Reader::ShareGroup, offset, max_bytes)?;
+        self.context.rereads.keep(self.partition, &batches);
+        Ok(batches)
+    }
+
+    /// As [`Self::read_memory`], also from what was kept: of that, one batch.
+    pub(super) fn reread_memory(
+        &self,
+        offset: u64,
+        max_bytes: usize,
+    ) -> Result<Option<Vec<PlacedBatch>>, ReadError> {
+        let found = self.read_memory(Reader::ShareGroup, offset, max_bytes)?;
+        Ok(found.or_else(|| self.context.rereads.find(self.partition, offset).map(|batch| vec![batch])))
+    }
+
     pub(super) fn read_placed(
         &self,
         reader: Reader,
@@ -347,6 +369,7 @@ impl ReadView {
     pub(super) fn close(&self) {
         self.removed.store(true, Ordering::Release);
         self.context.budget.forget(self);
+        self.context.rereads.forget(self.partition);
         self.wake();
     }
 }

@@ -18,6 +18,7 @@ use tracing::{error, warn};
 
 use super::error::LogFailure;
 use super::files::SegmentFiles;
+use super::reread::RereadCache;
 use super::tail::TailBudget;
 use super::thread::{Shared, Stop};
 use super::view::{LogContext, ReadView};
@@ -33,6 +34,8 @@ pub struct LogOptions {
     pub unwritten_bytes: u64,
     /// Bytes of batches kept in memory for readers. Unwritten batches are kept in any case and count.
     pub tail_bytes: usize,
+    /// Bytes kept of what was read from disk for share groups.
+    pub reread_bytes: usize,
     /// Bytes of indexes of sealed segments kept in memory.
     pub index_bytes: usize,
     /// Segment files held open.
@@ -48,6 +51,7 @@ impl Default for LogOptions {
         Self {
             unwritten_bytes: 64 * 1024 * 1024,
             tail_bytes: 64 * 1024 * 1024,
+            reread_bytes: 128 * 1024 * 1024,
             index_bytes: 16 * 1024 * 1024,
             open_files: 1024,
             disk_reads: 16,
@@ -89,6 +93,7 @@ impl SegmentWriter {
         let context = Arc::new(LogContext {
             files,
             budget: TailBudget::new(options.tail_bytes),
+            rereads: RereadCache::new(options.reread_bytes),
             disk_reads: Arc::new(Semaphore::new(options.disk_reads)),
         });
         let shared =

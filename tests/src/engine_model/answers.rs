@@ -43,7 +43,7 @@ impl World {
     }
 
     fn answer_scan(&mut self, scan: Scan) {
-        let Scan { group, partition, from, until, max_records } = scan;
+        let Scan { group, partition, from, until, max_records, soon: _ } = scan;
         let most = if self.rng.chance(40) { self.rng.between(1, 6) as usize } else { max_records };
         let found =
             self.logs.records.get(&partition).into_iter().flat_map(|records| records.range(from..until));

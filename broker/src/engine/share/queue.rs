@@ -118,8 +118,12 @@ impl Queue {
         self.barrier.is_none() && !self.alone.is_empty()
     }
 
-    pub(crate) fn ready_len(&self) -> usize {
-        self.new.len() + self.returned.len()
+    /// Records that can be handed out now or as soon as they are scanned, of which there are some up to `end`. In
+    /// key-ordered mode nobody knows how many of those may go, so they do not count.
+    pub(crate) fn outlook(&self, end: u64) -> usize {
+        let unscanned = if self.ordered { 0 } else { end.saturating_sub(self.scan_next) };
+        (self.new.len() + self.returned.len())
+            .saturating_add(usize::try_from(unscanned).unwrap_or(usize::MAX))
     }
 
     /// Records known to wait behind an older one of their key: those that are kept.

@@ -187,6 +187,7 @@ impl Model {
                     from: offset,
                     until,
                     max_records,
+                    soon: max_records == 7,
                 };
                 let scanned = scan(&view, &wanted).unwrap();
                 let inside = |record: &&ScannedRecord| (offset..until).contains(&record.offset);

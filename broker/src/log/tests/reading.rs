@@ -91,6 +91,7 @@ fn nothing_is_read_below_the_log_start() {
         from: 0,
         until: model.info.end,
         max_records: 5,
+        soon: true,
     };
     // Share groups see what is left.
     let scanned = scan(&model.view(&log), &wanted).unwrap();

@@ -316,8 +316,14 @@ fn segments_below_the_log_start_go_and_share_groups_read_what_is_kept() {
         assert_eq!(here.map(|record| record.offset), Some(kept.base_offset + 1));
         // Nothing is found where nothing is left.
         assert_eq!(read_record(&model.view(&log), 0).unwrap(), None);
-        let wanted =
-            Scan { group: String::new(), partition: key(0), from: 0, until: model.info.end, max_records: 1 };
+        let wanted = Scan {
+            group: String::new(),
+            partition: key(0),
+            from: 0,
+            until: model.info.end,
+            max_records: 1,
+            soon: true,
+        };
         let scanned = scan(&model.view(&log), &wanted).unwrap();
         assert_eq!((scanned.records[0].offset, scanned.next), (kept.base_offset, kept.base_offset + 1));
     }

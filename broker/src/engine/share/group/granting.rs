@@ -187,6 +187,7 @@ impl ShareGroup {
                     from: reading.from,
                     until: reading.until,
                     max_records: if spent { SCAN_RECORDS_SPENT } else { SCAN_RECORDS },
+                    soon: !self.config.ordered,
                 });
             }
         }
@@ -204,7 +205,8 @@ impl ShareGroup {
             return false;
         }
         let mut allow_new = (partition.state.exceptions().len() as u64) < stage.max_exceptions;
-        let share = partition.queue.ready_len().div_ceil(self.takers.len().max(1)).clamp(1, GRANT_QUANTUM);
+        let end = stage.high_watermarks.get(&key).copied().unwrap_or(0);
+        let share = partition.queue.outlook(end).div_ceil(self.takers.len().max(1)).clamp(1, GRANT_QUANTUM);
         let mut share = if alone { 1 } else { share.min(room).min(free) };
         if self.budget.is_spent() {
             if partition.is_over_trickle() {
