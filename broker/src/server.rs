@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::broker::{Broker, BrokerLimits};
 use crate::disk::{Disk, RealDisk};
 use crate::engine::config::EngineSettings;
+use crate::environment::Environment;
 use crate::journal::JournalOptions;
 use crate::listener::native::{NativeListener, NativeSettings};
 use crate::log::LogOptions;
@@ -215,6 +216,7 @@ fn storage_options(settings: &ServerSettings) -> StorageOptions {
             journal_bytes: settings.checkpoint.journal_bytes.0,
         },
         sync_interval: settings.journal.sync_interval,
+        environment: Environment::default(),
     }
 }
 

@@ -6,7 +6,7 @@
 //! a directory are treated alike: any of the unsynced changes may have reached the device, in any combination.
 //! Directories themselves are durable at once.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSlice};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -41,13 +41,16 @@ struct State {
     durable: BTreeMap<PathBuf, u64>,
     /// Changes of names since the last sync of their directory, in order.
     unsynced: Vec<(PathBuf, NameChange)>,
-    inodes: HashMap<u64, Inode>,
+    inodes: BTreeMap<u64, Inode>,
     next_inode: u64,
     /// Raised by a power cut: handles opened before it fail.
     generation: u64,
     /// Calls left until the named fault strikes.
     write_fault: Option<(u64, WriteFault)>,
     sync_fault: Option<u64>,
+    read_fault: Option<u64>,
+    /// Bytes that all files together may hold.
+    capacity: Option<u64>,
     /// Operations that change something, left until the power fails; 0 = it has failed.
     power: Option<u64>,
     operations: u64,
@@ -112,6 +115,18 @@ impl MemDisk {
         }
     }
 
+    /// As [`power_cut`](Self::power_cut), and nothing that was not synced is kept.
+    pub fn power_cut_losing_all(&self) {
+        let mut state = self.state.lock();
+        state.unsynced.clear();
+        for inode in state.inodes.values_mut() {
+            inode.forget();
+            inode.live = inode.durable.clone();
+        }
+        drop(state);
+        self.power_cut(0);
+    }
+
     /// Ends every handle as the death of the process does; the page cache stays, unsynced as it was.
     pub fn kill(&self) {
         self.state.lock().end_handles();
@@ -126,6 +141,56 @@ impl MemDisk {
     /// clean: they stay readable, and no later sync brings them to the device.
     pub fn fail_sync(&self, after: u64) {
         self.state.lock().sync_fault = Some(after);
+    }
+
+    /// Makes the read after `after` more reads fail with `EIO`, once.
+    pub fn fail_read(&self, after: u64) {
+        self.state.lock().read_fault = Some(after);
+    }
+
+    /// Lets all files together hold so many bytes: a write that needs more fails with `ENOSPC`. `None`: no limit.
+    pub fn set_capacity(&self, bytes: Option<u64>) {
+        self.state.lock().capacity = bytes;
+    }
+
+    /// Bytes that all files hold together.
+    pub fn used(&self) -> u64 {
+        self.state.lock().used()
+    }
+
+    /// Every file with its length in bytes, in the order of their names.
+    pub fn files(&self) -> Vec<(PathBuf, u64)> {
+        let state = self.state.lock();
+        let length = |inode| state.inodes.get(inode).map_or(0, |inode: &Inode| inode.live.len() as u64);
+        state.live.iter().map(|(path, inode)| (path.clone(), length(inode))).collect()
+    }
+
+    /// Flips one bit of a file, on the device and in the page cache; false if there is no such byte.
+    pub fn flip_bit(&self, path: &Path, position: u64, bit: u8) -> bool {
+        let mut state = self.state.lock();
+        let Ok(inode) = state.find(path).and_then(|inode| state.inode(inode)) else { return false };
+        let mut flipped = false;
+        for bytes in [&mut inode.live, &mut inode.durable] {
+            if let Some(byte) = usize::try_from(position).ok().and_then(|at| bytes.get_mut(at)) {
+                *byte ^= 1 << (bit % 8);
+                flipped = true;
+            }
+        }
+        flipped
+    }
+
+    /// A checksum over every name and every byte, on the device and in the page cache.
+    pub fn digest(&self) -> u32 {
+        let state = self.state.lock();
+        let mut hasher = crc32fast::Hasher::new();
+        for (path, inode) in state.live.iter().chain(&state.durable) {
+            hasher.update(path.as_os_str().as_encoded_bytes());
+            if let Some(inode) = state.inodes.get(inode) {
+                hasher.update(&inode.live);
+                hasher.update(&inode.durable);
+            }
+        }
+        hasher.finalize()
     }
 
     /// Lets `operations` more changing operations pass and fails all later ones, until
@@ -283,21 +348,25 @@ impl State {
 
     /// Whether the planned fault strikes this sync.
     fn sync_fails(&mut self) -> bool {
-        match &mut self.sync_fault {
-            Some(0) => {
-                self.sync_fault = None;
-                return true;
-            }
-            Some(after) => *after -= 1,
-            None => {}
-        }
-        false
+        strikes(&mut self.sync_fault)
+    }
+
+    fn used(&self) -> u64 {
+        self.inodes.values().map(|inode| inode.live.len() as u64).sum()
+    }
+
+    /// Whether a file may end at this position.
+    fn has_room(&mut self, inode: u64, end: u64) -> bool {
+        let Some(capacity) = self.capacity else { return true };
+        let length = self.inodes.get(&inode).map_or(0, |inode| inode.live.len() as u64);
+        end <= length || self.used() + (end - length) <= capacity
     }
 
     fn end_handles(&mut self) {
         self.generation += 1;
         self.write_fault = None;
         self.sync_fault = None;
+        self.read_fault = None;
         self.power = None;
     }
 }
@@ -445,6 +514,9 @@ impl MemFile {
 impl DiskFile for MemFile {
     fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<usize> {
         self.with(|state, inode| {
+            if strikes(&mut state.read_fault) {
+                return Err(io::Error::other("injected read error"));
+            }
             let live = &state.inode(inode)?.live;
             let from = (position as usize).min(live.len());
             let count = buffer.len().min(live.len() - from);
@@ -478,6 +550,8 @@ impl DiskFile for MemFile {
                 }
                 None => None,
             };
+            let full = !state.has_room(inode, position + bytes.len() as u64);
+            let fault = fault.or(full.then_some(WriteFault::NoSpace));
             let inode = state.inode(inode)?;
             let (count, outcome) = match fault {
                 None => (bytes.len(), Ok(bytes.len())),
@@ -511,6 +585,9 @@ impl DiskFile for MemFile {
         }
         self.with(|state, inode| {
             state.begin()?;
+            if !state.has_room(inode, length) {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
             state.inode(inode)?.set_len(length as usize);
             Ok(())
         })
@@ -519,6 +596,19 @@ impl DiskFile for MemFile {
     fn len(&self) -> io::Result<u64> {
         self.with(|state, inode| Ok(state.inode(inode)?.live.len() as u64))
     }
+}
+
+/// Counts a planned fault down; true when it strikes.
+fn strikes(fault: &mut Option<u64>) -> bool {
+    match fault {
+        Some(0) => {
+            *fault = None;
+            return true;
+        }
+        Some(after) => *after -= 1,
+        None => {}
+    }
+    false
 }
 
 /// Cuts or zero-fills; in blocks, as the standard library does only with optimization.
@@ -642,6 +732,37 @@ mod tests {
         assert_eq!(content(&disk, &path), vec![2; 512], "the page cache still shows it");
         disk.power_cut(3);
         assert_eq!(content(&disk, &path), vec![1; 512]);
+    }
+
+    #[test]
+    fn a_full_disk_takes_no_more_and_again_when_there_is_room() {
+        let (disk, path) = disk();
+        let file = disk.create(&path).unwrap();
+        disk.set_capacity(Some(1024));
+        file.write_all_at(&[1; 1024], 0).unwrap();
+        let error = file.write_all_at(&[2; 10], 1020).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        assert_eq!(file.set_len(2000).unwrap_err().kind(), io::ErrorKind::StorageFull);
+        file.write_all_at(&[2; 10], 500).unwrap();
+        disk.set_capacity(None);
+        file.write_all_at(&[2; 10], 1020).unwrap();
+        assert_eq!(disk.used(), 1030);
+    }
+
+    #[test]
+    fn bits_flip_where_they_are_told_to_and_reads_fail_once() {
+        let (disk, path) = disk();
+        let file = disk.create(&path).unwrap();
+        file.write_all_at(&[0; 600], 0).unwrap();
+        let before = disk.digest();
+        assert!(disk.flip_bit(&path, 513, 3) && !disk.flip_bit(&path, 600, 0));
+        assert_eq!(content(&disk, &path)[513], 8);
+        assert_ne!(disk.digest(), before);
+        disk.fail_read(0);
+        assert!(file.read_at(&mut [0; 1], 0).is_err());
+        assert_eq!(file.read_at(&mut [0; 1], 0).unwrap(), 1);
+        disk.power_cut_losing_all();
+        assert_eq!(disk.files(), []);
     }
 
     #[test]

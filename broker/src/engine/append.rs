@@ -9,6 +9,7 @@ use super::error::EngineError;
 use super::event::{self, Event, event::Kind};
 use super::partition::Sequence;
 use super::types::{Level, Lsn, PartitionKey};
+use crate::plants::planted;
 
 /// Who appends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,13 +37,13 @@ impl Engine {
             let checked = self.check_append(entry.partition, asked, header, Origin::Producer);
             let count = u64::from(header.last_offset_delta) + 1;
             results.push(checked.map(|sequence| match sequence {
-                Sequence::Duplicate(base_offset) => {
+                Sequence::Duplicate(base_offset) if !planted("accept-duplicates") => {
                     let partition = self.partitions.get(&entry.partition);
                     let shown_at = partition.map(|partition| partition.may_show(base_offset + count));
                     level = level.max(shown_at.unwrap_or(Level::Synced));
                     Appended { base_offset, duplicate: true }
                 }
-                Sequence::Next => {
+                Sequence::Duplicate(_) | Sequence::Next => {
                     let (base_offset, shown_at) = self.append_checked(lsn, entry.partition, entry.batch, out);
                     level = level.max(shown_at);
                     Appended { base_offset, duplicate: false }

@@ -70,6 +70,21 @@ impl Engine {
         dirty.into_iter().map(|key| (key.to_bytes(), self.row_value(&key))).collect()
     }
 
+    /// Every row, as a checkpoint of everything would have it.
+    pub fn rows(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
+        let topics = self.catalog.iter().map(|topic| RowKey::Topic(topic.id));
+        let partitions = self.partitions.keys().map(|key| RowKey::Partition(*key));
+        let groups = self.groups.keys().map(|name| RowKey::Group(name.clone()));
+        let consumers = self.consumers.keys().map(|name| RowKey::Consumer(name.clone()));
+        let shares = self
+            .groups
+            .iter()
+            .flat_map(|(name, group)| group.partitions().keys().map(|key| RowKey::Share(name.clone(), *key)));
+        let all = [RowKey::Meta].into_iter().chain(topics).chain(partitions).chain(groups);
+        let all = all.chain(consumers).chain(shares);
+        all.filter_map(|key| Some((key.to_bytes(), self.row_value(&key)?))).collect()
+    }
+
     fn row_value(&self, key: &RowKey) -> Option<Vec<u8>> {
         match key {
             RowKey::Meta => Some(self.meta.encode_to_vec()),

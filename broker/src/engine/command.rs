@@ -7,7 +7,7 @@ use super::error::EngineError;
 use super::types::{LeaseId, Level, PartitionKey, SubscriptionId, TopicId};
 
 /// A validated record batch (CRC and structure were checked by the listener) whose base offset is still to be assigned.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct StagedBatch {
     pub header: BatchHeader,
     /// The whole batch; the engine writes base offset and epoch into its first bytes.
@@ -15,7 +15,7 @@ pub struct StagedBatch {
 }
 
 /// One partition's part of a produce request, or one output of `complete`.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct AppendEntry {
     pub partition: PartitionKey,
     pub batch: StagedBatch,
@@ -94,7 +94,7 @@ pub struct ScannedRecord {
 }
 
 /// Everything that reaches the engine. Commands that carry no request id are told by the shard itself.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Command {
     // Topics and producers.
     CreateTopic {

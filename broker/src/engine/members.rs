@@ -10,6 +10,7 @@ use super::error::EngineError;
 use super::event::{self, event::Kind};
 use super::stage::TimerKey;
 use super::types::{Now, PartitionKey};
+use crate::plants::planted;
 
 /// Longest metadata text of a committed offset, in bytes.
 const MAX_METADATA_BYTES: usize = 4096;
@@ -189,6 +190,9 @@ impl Engine {
         if !accepted.is_empty() {
             let event = event::OffsetsCommitted { group: name.to_string(), offsets: accepted };
             self.stage_event(Kind::OffsetsCommitted(event), out);
+            if planted("forget-commits") {
+                out.events.pop();
+            }
         }
         if let Some(entry) = self.consumers.get_mut(&name).and_then(|group| group.members.get_mut(member)) {
             entry.last_seen_ms = now.monotonic_ms;

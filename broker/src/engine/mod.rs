@@ -52,6 +52,8 @@ use share::budget::Budget;
 use stage::{RowKey, Stage, TimerKey, Timers};
 use types::{Level, Lsn, Now, PartitionKey, RequestId, SubscriptionId, TopicId};
 
+use crate::plants::planted;
+
 /// Leases that end and records that are due in one turn: about so many changes fit well into one frame.
 const DUE_PER_TURN: usize = 16_384;
 
@@ -235,8 +237,9 @@ impl Engine {
     /// stop, unsynced writes may be gone, and partitions that had shown unsynced offsets resume above all of them.
     pub fn boot(&mut self, now: Now, lsn: Lsn, machine_boot: &str, out: &mut Effects) {
         self.wall_ms = now.wall_ms;
-        let power_lost = !self.meta.stopped && self.meta.machine_boot != machine_boot;
-        let boot_epoch = self.meta.boot_epoch + 1;
+        let power_lost =
+            !self.meta.stopped && self.meta.machine_boot != machine_boot && !planted("mint-offsets-twice");
+        let boot_epoch = if planted("forget-boot-epoch") { 1 } else { self.meta.boot_epoch + 1 };
         self.stage_event(Kind::Booted(Booted { boot_epoch, machine_boot: machine_boot.to_owned() }), out);
         if power_lost {
             let shown = self.partitions.values().filter(|partition| partition.ceiling > partition.end);
@@ -431,6 +434,7 @@ impl Engine {
                 partition.covered = ceiling;
             }
         }
+        let synced = if planted("free-key-early") { written } else { synced };
         for (name, key) in std::mem::take(&mut self.desk.uncommitted) {
             if let Some(group) = self.groups.get_mut(&name) {
                 group.committed(&mut self.desk.stage(now, lsn, out), key, synced);

@@ -29,8 +29,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use uuid::Uuid;
-
 use super::frame::{read_u32, read_u64};
 use super::{Lsn, RecoverError};
 use crate::disk::{Disk, DiskFile, SECTOR};
@@ -60,11 +58,10 @@ pub(super) struct FileHeader {
 }
 
 impl FileHeader {
-    /// A header with a new random salt.
-    pub(super) fn new(sequence: u64, previous: u64, first_lsn: Lsn, synced: Lsn) -> Self {
-        let (high, low) = Uuid::new_v4().as_u64_pair();
+    /// A header with a salt of these random bits.
+    pub(super) fn new(random: u64, sequence: u64, previous: u64, first_lsn: Lsn, synced: Lsn) -> Self {
         // Odd, so that the tag of no frame is zero: positions are even.
-        let salt = (high ^ low.rotate_left(32)) | 1;
+        let salt = random | 1;
         Self { salt, sequence, previous, first_lsn, synced }
     }
 

@@ -45,6 +45,7 @@ pub use syncer::Syncer;
 pub use writer::{Journal, Recovered};
 
 use crate::engine::types::Lsn;
+use crate::environment::Environment;
 
 /// Sizes and habits of a journal. Sizes are rounded up to whole sectors.
 #[derive(Clone, Debug)]
@@ -61,6 +62,8 @@ pub struct JournalOptions {
     /// Whether a background thread prepares files. Without it the append that needs a file prepares it, which
     /// simulation wants for its order of operations.
     pub background: bool,
+    /// Where the salts of files come from.
+    pub environment: Environment,
 }
 
 impl Default for JournalOptions {
@@ -71,6 +74,7 @@ impl Default for JournalOptions {
             max_frame_bytes: 20 << 20,
             spare_files: 18,
             background: true,
+            environment: Environment::default(),
         }
     }
 }

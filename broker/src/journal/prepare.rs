@@ -19,6 +19,7 @@ use parking_lot::{Condvar, Mutex};
 use super::file::{self, FileHeader, JournalFile, Listing};
 use super::{JournalOptions, Lsn};
 use crate::disk::Disk;
+use crate::environment::Environment;
 
 /// Spares that even a small release leaves.
 const LEAST_SPARES: usize = 2;
@@ -64,6 +65,7 @@ impl Preparer {
             dir: dir.to_path_buf(),
             file_bytes: options.file_bytes,
             most_spares: options.spare_files,
+            environment: options.environment.clone(),
             spares: Vec::new(),
         };
         let shared = Arc::new(Shared {
@@ -198,13 +200,14 @@ struct Workshop {
     dir: PathBuf,
     file_bytes: u64,
     most_spares: usize,
+    environment: Environment,
     spares: Vec<PathBuf>,
 }
 
 impl Workshop {
     fn make(&mut self, wanted: Wanted, enough: &AtomicBool) -> io::Result<JournalFile> {
         let Wanted { sequence, previous, synced } = wanted;
-        let header = FileHeader::new(sequence, previous, 0, synced);
+        let header = FileHeader::new(self.environment.random(), sequence, previous, 0, synced);
         let disk = &*self.disk;
         let mut file = if let Some(spare) = self.spares.pop() {
             // The new header must not reach the device while the file may still bear its old name there.

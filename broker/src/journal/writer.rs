@@ -155,6 +155,12 @@ impl Journal {
         self.preparer.retire(released.map(|file| file::name(file.sequence)));
     }
 
+    /// Does on this thread what waits for the background thread: files to prepare, recycle and remove. For journals
+    /// without one; with one there is nothing left to do here.
+    pub fn prepare_files(&self) {
+        self.preparer.work_now();
+    }
+
     fn write(
         &mut self,
         kind: FrameKind,

@@ -1,6 +1,6 @@
 //! What the segment writer's thread does, and what it shares with those who call [`super::SegmentWriter`].
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::io::{self, IoSlice};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,10 +15,12 @@ use super::queue::{Next, Queue, Run};
 use super::segment::{PlacedBatch, Segment};
 use super::view::{LogContext, ReadView};
 use super::views::Views;
-use super::writer::Wake;
+use super::writer::{LogOptions, Wake};
 use crate::disk::{DiskFile, FileSystem};
 use crate::engine::effect::{SegmentName, SegmentWrite};
 use crate::engine::types::PartitionKey;
+use crate::environment::Environment;
+use crate::plants::planted;
 
 /// From how many files and directories on a sync of the whole file system is cheaper than one of each.
 const MANY_FILES: usize = 64;
@@ -29,6 +31,9 @@ pub(super) struct Shared {
     file_system: Arc<dyn FileSystem>,
     views: Arc<Views>,
     limit: u64,
+    /// A thread runs [`Shared::run`]; otherwise whoever waits does the work.
+    background: bool,
+    environment: Environment,
     wake: Wake,
     state: Mutex<State>,
     /// There is something to do.
@@ -60,8 +65,8 @@ struct Suspect {
 struct State {
     queue: Queue,
     /// Files with bytes, and directories with names, that were not synced yet.
-    dirty_files: HashSet<SegmentName>,
-    dirty_directories: HashSet<PathBuf>,
+    dirty_files: BTreeSet<SegmentName>,
+    dirty_directories: BTreeSet<PathBuf>,
     /// The thread waits until there is something to do at all.
     idle: bool,
     stop: Option<Stop>,
@@ -86,20 +91,21 @@ impl Shared {
     pub(super) fn new(
         context: Arc<LogContext>,
         file_system: Arc<dyn FileSystem>,
-        limit: u64,
-        linger: Duration,
+        options: &LogOptions,
         wake: Wake,
     ) -> Self {
         Self {
             context,
             file_system,
             views: Arc::default(),
-            limit,
+            limit: options.unwritten_bytes,
+            background: options.background,
+            environment: options.environment.clone(),
             wake,
             state: Mutex::new(State {
-                queue: Queue::new(linger),
-                dirty_files: HashSet::new(),
-                dirty_directories: HashSet::new(),
+                queue: Queue::new(options.linger),
+                dirty_files: BTreeSet::new(),
+                dirty_directories: BTreeSet::new(),
                 idle: false,
                 stop: None,
             }),
@@ -128,7 +134,7 @@ impl Shared {
     }
 
     pub(super) fn append(&self, writes: Vec<SegmentWrite>) {
-        let now = Instant::now();
+        let now = self.environment.now();
         let mut bytes = 0;
         let mut state = self.state.lock();
         for write in writes {
@@ -182,7 +188,11 @@ impl Shared {
             if self.unwritten() < self.limit {
                 return Ok(true);
             }
-            if self.progress.wait_until(&mut state, deadline).timed_out() {
+            if !self.background {
+                if !MutexGuard::unlocked(&mut state, || self.step()) && self.failure().is_none() {
+                    return Ok(self.unwritten() < self.limit);
+                }
+            } else if self.progress.wait_until(&mut state, deadline).timed_out() {
                 return Ok(false);
             }
         }
@@ -280,6 +290,22 @@ impl Shared {
         }
     }
 
+    /// Writes what is due, at most one run; false when nothing was.
+    pub(super) fn step(&self) -> bool {
+        let next = {
+            let mut state = self.state.lock();
+            if self.failure.get().is_some() {
+                return false;
+            }
+            let eager = state.stop.is_some() || self.is_pressing(self.unwritten());
+            state.queue.next(self.environment.now(), eager)
+        };
+        match next {
+            Next::Write(run) => self.write(&run).is_ok(),
+            Next::Wait(_) | Next::Empty => false,
+        }
+    }
+
     /// Waits for something to do; `None` to end.
     fn next(&self) -> Option<Run> {
         let mut state = self.state.lock();
@@ -289,7 +315,7 @@ impl Shared {
             }
             let stopping = state.stop.is_some();
             let eager = stopping || self.is_pressing(self.unwritten());
-            match state.queue.next(Instant::now(), eager) {
+            match state.queue.next(self.environment.now(), eager) {
                 Next::Write(run) => return Some(run),
                 Next::Wait(duration) => {
                     self.work.wait_for(&mut state, duration);
@@ -402,10 +428,16 @@ impl Shared {
                 if state.queue.reached_barrier() {
                     break;
                 }
-                self.progress.wait(&mut state);
+                if self.background {
+                    self.progress.wait(&mut state);
+                } else {
+                    // What has to be written before the barrier is due.
+                    MutexGuard::unlocked(&mut state, || self.step());
+                }
             }
             (std::mem::take(&mut state.dirty_files), std::mem::take(&mut state.dirty_directories))
         };
+        let directories = if planted("forget-directory-sync") { BTreeSet::new() } else { directories };
         if files.len() + directories.len() > MANY_FILES {
             return self.file_system.sync().map_err(|error| {
                 self.fail("sync the file system of", self.context.files.root().into(), error)

@@ -26,6 +26,7 @@ use super::views::Views;
 use crate::disk::Disk;
 use crate::engine::PartitionInfo;
 use crate::engine::effect::{SegmentName, SegmentWrite, ViewChange};
+use crate::environment::Environment;
 
 /// Limits of the log. All apply to all partitions together.
 #[derive(Clone, Debug)]
@@ -44,6 +45,11 @@ pub struct LogOptions {
     pub disk_reads: usize,
     /// How long a batch may wait for others to be written with it.
     pub linger: Duration,
+    /// Whether a thread of its own writes. Without it [`SegmentWriter::step`] does, and whoever has to wait for something
+    /// to be written writes it, which simulation wants for its order of operations.
+    pub background: bool,
+    /// Whose time the linger is measured in.
+    pub environment: Environment,
 }
 
 impl Default for LogOptions {
@@ -56,6 +62,8 @@ impl Default for LogOptions {
             open_files: 1024,
             disk_reads: 16,
             linger: Duration::from_millis(100),
+            background: true,
+            environment: Environment::default(),
         }
     }
 }
@@ -96,13 +104,20 @@ impl SegmentWriter {
             rereads: RereadCache::new(options.reread_bytes),
             disk_reads: Arc::new(Semaphore::new(options.disk_reads)),
         });
-        let shared =
-            Arc::new(Shared::new(context, file_system, options.unwritten_bytes, options.linger, wake));
-        let thread = std::thread::Builder::new().name("segments".into()).spawn({
+        let shared = Arc::new(Shared::new(context, file_system, options, wake));
+        let thread = if options.background {
             let shared = Arc::clone(&shared);
-            move || shared.run()
-        })?;
-        Ok(Self { shared, thread: Some(thread) })
+            Some(std::thread::Builder::new().name("segments".into()).spawn(move || shared.run())?)
+        } else {
+            None
+        };
+        Ok(Self { shared, thread })
+    }
+
+    /// Writes on this thread what is due, at most one large write; false when nothing was. Not for a log with a thread of
+    /// its own. Blocks on the disk; a failure shows in [`Self::failure`].
+    pub fn step(&self) -> bool {
+        self.shared.step()
     }
 
     /// The partitions, for readers.
@@ -237,6 +252,9 @@ impl SegmentWriter {
 
     fn stop(&mut self, stop: Stop) {
         self.shared.stop(stop);
+        if self.thread.is_none() && stop == Stop::WhenWritten {
+            while self.shared.step() {}
+        }
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {

@@ -32,6 +32,7 @@ use crate::engine::error::EngineError;
 use crate::engine::types::{Level, Lsn, Now, RequestId, SubscriptionId};
 use crate::journal::{Journal, JournalError};
 use crate::log::{Condemned, SegmentWriter, scan_memory};
+use crate::plants::planted;
 
 /// Rounds of scans that one turn answers from memory before it writes.
 const SCAN_ROUNDS: usize = 4;
@@ -133,6 +134,15 @@ impl Shard {
         &self.engine
     }
 
+    /// Prepares journal files on this thread; for journals that have none of their own for that.
+    pub(crate) fn prepare_files(&self) {
+        self.journal.prepare_files();
+    }
+
+    pub(crate) fn journal(&self) -> &Journal {
+        &self.journal
+    }
+
     pub(crate) fn written(&self) -> Lsn {
         self.written
     }
@@ -176,6 +186,9 @@ impl Shard {
         match news {
             News::Synced(synced) => self.synced = self.synced.max(synced),
             News::Failed(reason) => self.latch(reason),
+            News::Checkpointed { .. } if planted("release-journal-early") => {
+                self.journal.release(self.journal.next_lsn());
+            }
             News::Checkpointed { previous } => self.journal.release(previous + 1),
             News::Room => {
                 if let Some(failure) = self.log.failure() {
@@ -287,6 +300,9 @@ impl Shard {
     /// Writes what is staged and lets go what may be shown; returns what waits for a sync.
     fn commit(&mut self, now: Now) -> Option<Release> {
         let mut release = None;
+        if planted("grant-before-write") {
+            self.let_go();
+        }
         if !self.effects.events.is_empty() {
             let events = Engine::encode_frame(now, &mut self.effects);
             let bytes = events.len() + self.effects.batches.iter().map(bytes::Bytes::len).sum::<usize>();
@@ -294,6 +310,12 @@ impl Shard {
                 Ok(lsn) => {
                     self.written = lsn;
                     self.journaled += bytes as u64;
+                }
+                Err(_) if planted("apply-failed-write") => {
+                    self.show();
+                    self.release(true);
+                    self.let_go();
+                    return None;
                 }
                 Err(error) => {
                     self.latch(error.to_string());
@@ -335,7 +357,7 @@ impl Shard {
     fn release(&mut self, is_synced: bool) -> Release {
         let mut release = Release { lsn: self.written, ..Release::default() };
         for advance in self.effects.advances.drain(..) {
-            if advance.level == Level::Synced && !is_synced {
+            if advance.level == Level::Synced && !is_synced && !planted("show-before-sync") {
                 release.high_watermarks.push((advance.partition, advance.high_watermark));
             } else if let Some(view) = self.log.views().get(advance.partition) {
                 view.publish(advance.high_watermark);
@@ -344,7 +366,7 @@ impl Shard {
         for pending in self.effects.replies.drain(..) {
             let slot = usize::try_from(pending.request.0).ok().and_then(|index| self.requests.get_mut(index));
             let Some(responder) = slot.and_then(Option::take) else { continue };
-            if pending.level == Level::Synced && !is_synced {
+            if pending.level == Level::Synced && !is_synced && !planted("reply-before-sync") {
                 release.replies.push((responder, pending.reply));
             } else {
                 responder.answer(pending.reply, &mut self.wakes);

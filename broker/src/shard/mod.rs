@@ -9,6 +9,7 @@
 //!
 //! Order of reading: `admission` (bytes are admitted before they are queued), `inbox`, `core` (one turn), `runner` (the
 //! thread), `release` (the sync thread), `reads` (what may touch the disk), `checkpoint`, `recovery` (how it all begins).
+//! `stepped` is the same without threads.
 
 mod admission;
 mod checkpoint;
@@ -20,16 +21,17 @@ mod recovery;
 mod release;
 mod runner;
 mod sink;
+mod stepped;
 #[cfg(test)]
 mod tests;
 
 pub use admission::{Admission, ConnectionGate, Gate, Overloaded, REQUEST_OVERHEAD};
-pub(crate) use clock::wall_ms;
 pub use core::ShardOptions;
 pub(crate) use inbox::Inbox;
 pub use inbox::Submission;
-pub use recovery::StartError;
-pub(crate) use recovery::{Running, StorageOptions, start};
+pub(crate) use recovery::{Running, start};
+pub use recovery::{StartError, StorageOptions};
 pub use runner::CheckpointOptions;
 pub(crate) use sink::Once;
 pub use sink::{Answer, Origin, Responder, Sink, Token};
+pub use stepped::{Did, Stepped};

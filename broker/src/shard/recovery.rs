@@ -8,19 +8,19 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc;
+use std::sync::mpsc::Receiver;
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
-use super::checkpoint::CheckpointThread;
+use super::checkpoint::{CheckpointThread, Work};
 use super::clock::Clock;
 use super::core::{Shard, ShardOptions};
 use super::inbox::{Inbox, News};
-use super::reads::Reads;
+use super::reads::{Readers, Reads};
 use super::release::{Releases, SyncThread};
 use super::runner::{CheckpointOptions, Runner};
 use crate::checkpoint::{CheckpointError, CheckpointStore};
@@ -28,24 +28,25 @@ use crate::disk::Disk;
 use crate::engine::config::EngineSettings;
 use crate::engine::effect::Effects;
 use crate::engine::{CorruptState, Engine};
+use crate::environment::Environment;
 use crate::journal::{Journal, JournalError, JournalOptions, RecoverError};
 use crate::log::{LogFailure, LogOptions, SegmentWriter, Views};
 
 /// Longest that replay waits for the segment writer to make progress.
 const REPLAY_PATIENCE: Duration = Duration::from_secs(60);
-/// Names the run of the operating system.
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// Everything that can be set about a shard and its storage.
 #[derive(Clone, Debug)]
-pub(crate) struct StorageOptions {
-    pub(crate) engine: EngineSettings,
-    pub(crate) journal: JournalOptions,
-    pub(crate) log: LogOptions,
-    pub(crate) shard: ShardOptions,
-    pub(crate) checkpoint: CheckpointOptions,
+pub struct StorageOptions {
+    pub engine: EngineSettings,
+    pub journal: JournalOptions,
+    pub log: LogOptions,
+    pub shard: ShardOptions,
+    pub checkpoint: CheckpointOptions,
     /// While anything is unsynced, a sync begins at least this often.
-    pub(crate) sync_interval: Duration,
+    pub sync_interval: Duration,
+    /// The machine that the shard runs on; journal and log are given the same.
+    pub environment: Environment,
 }
 
 /// Why a shard cannot begin. Nothing was served, and nothing that had been promised was changed.
@@ -101,7 +102,49 @@ pub(crate) fn start(
     options: StorageOptions,
     runtime: Handle,
 ) -> Result<Running, StartError> {
-    let began = Instant::now();
+    let Recovered { inbox, log, releases, runner, sync, checkpoint, work } =
+        recover(disk, data_dir, options, Readers::Runtime(runtime))?;
+    let boot_epoch = runner.shard().engine().boot_epoch();
+    let views = log.views().clone();
+    let ended = CancellationToken::new();
+    let guard = Guard { inbox: inbox.clone(), ended: ended.clone() };
+    let turns = inbox.clone();
+    Ok(Running {
+        inbox,
+        views,
+        boot_epoch,
+        ended,
+        releases,
+        log,
+        sync: spawn("sync", move || sync.run())?,
+        checkpoint: spawn("checkpoint", move || checkpoint.run(&work))?,
+        shard: spawn("shard", move || {
+            let _guard = guard;
+            runner.run(&turns);
+        })?,
+    })
+}
+
+/// A shard that has begun its run, before anything drives it.
+pub(super) struct Recovered {
+    pub(super) inbox: Arc<Inbox>,
+    pub(super) log: Arc<SegmentWriter>,
+    pub(super) releases: Arc<Releases>,
+    pub(super) runner: Runner,
+    pub(super) sync: SyncThread,
+    pub(super) checkpoint: CheckpointThread,
+    /// What the runner gives the checkpoint thread to do.
+    pub(super) work: Receiver<Work>,
+}
+
+pub(super) fn recover(
+    disk: &Arc<dyn Disk>,
+    data_dir: &Path,
+    options: StorageOptions,
+    readers: Readers,
+) -> Result<Recovered, StartError> {
+    let environment = options.environment;
+    let began = environment.now();
     let mut engine = Engine::new(options.engine);
     let mut store = CheckpointStore::new(disk.clone(), &data_dir.join("checkpoint"));
     let loaded = store.load(|key, value| engine.restore_row(key, value))?;
@@ -126,50 +169,33 @@ pub(crate) fn start(
     if let Some((file, position)) = &recovered.torn {
         tracing::warn!(file = %file.display(), position, "the journal's end was torn by a crash and has been cut");
     }
-    tracing::info!(checkpoint = from, frames, millis = began.elapsed().as_millis() as u64, "recovered");
+    tracing::info!(
+        checkpoint = from,
+        frames,
+        millis = environment.now().saturating_duration_since(began).as_millis() as u64,
+        "recovered"
+    );
 
     if let Err(error) = log.condemn_unknown() {
         tracing::warn!(%error, "cannot look for segments of deleted topics; they stay on disk");
     }
 
     let syncer = journal.syncer();
-    let releases = Arc::new(Releases::new(options.sync_interval));
-    let mut clock = Clock::starting_at(checkpoint_ms.max(engine.monotonic_ms()));
+    let releases = Arc::new(Releases::new(options.sync_interval, environment.clone()));
+    let mut clock = Clock::starting_at(environment.clone(), checkpoint_ms.max(engine.monotonic_ms()));
     let mut shard = Shard::new(engine, journal, log.clone(), releases.clone(), options.shard);
-    shard.boot(clock.now(), &machine_boot())?;
+    shard.boot(clock.now(), &environment.machine_boot())?;
     if let Some(reason) = shard.read_only() {
         return Err(StartError::ReadOnly(reason.to_owned()));
     }
-    let boot_epoch = shard.engine().boot_epoch();
 
     let views = log.views().clone();
-    let sync = SyncThread {
-        syncer: syncer.clone(),
-        releases: releases.clone(),
-        views: views.clone(),
-        inbox: inbox.clone(),
-    };
+    let sync = SyncThread::new(syncer.clone(), releases.clone(), views.clone(), inbox.clone());
     let checkpoint = CheckpointThread { store, syncer, log: log.clone(), inbox: inbox.clone() };
-    let (storage, to_store) = mpsc::channel();
-    let reads = Reads { runtime, views: views.clone(), inbox: inbox.clone() };
+    let (storage, work) = mpsc::channel();
+    let reads = Reads { readers, views, inbox: inbox.clone() };
     let runner = Runner::new(shard, clock, reads, storage, options.checkpoint);
-    let ended = CancellationToken::new();
-    let guard = Guard { inbox: inbox.clone(), ended: ended.clone() };
-    let turns = inbox.clone();
-    Ok(Running {
-        inbox,
-        views,
-        boot_epoch,
-        ended,
-        releases,
-        log,
-        sync: spawn("sync", move || sync.run())?,
-        checkpoint: spawn("checkpoint", move || checkpoint.run(&to_store))?,
-        shard: spawn("shard", move || {
-            let _guard = guard;
-            runner.run(&turns);
-        })?,
-    })
+    Ok(Recovered { inbox, log, releases, runner, sync, checkpoint, work })
 }
 
 impl Running {
@@ -223,17 +249,6 @@ fn replay(
     }
     log.append(effects.segment_writes)?;
     Ok(())
-}
-
-fn machine_boot() -> String {
-    match std::fs::read_to_string(BOOT_ID) {
-        Ok(id) => id.trim().to_owned(),
-        Err(error) => {
-            // As if the machine had restarted: that only costs a gap in the offsets.
-            tracing::warn!(file = BOOT_ID, %error, "cannot tell this run of the machine from others");
-            Uuid::new_v4().to_string()
-        }
-    }
 }
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StartError> {

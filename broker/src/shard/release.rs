@@ -6,7 +6,7 @@
 //! Invariants: what is released was synced before, in the order of frames; after the first failed sync nothing is released
 //! any more, and everything that waits is answered with that failure.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,8 +17,10 @@ use super::sink::{Responder, Wakes};
 use crate::engine::effect::Reply;
 use crate::engine::error::EngineError;
 use crate::engine::types::{Lsn, PartitionKey};
+use crate::environment::Environment;
 use crate::journal::Syncer;
 use crate::log::Views;
+use crate::plants::planted;
 
 /// How long a sync that nobody waits for, but readers, is put off, so that it covers more.
 const READERS_LINGER: Duration = Duration::from_millis(1);
@@ -47,11 +49,21 @@ pub(crate) struct Releases {
     work: Condvar,
     /// While anything is unsynced, a sync begins at least this often.
     interval: Duration,
+    environment: Environment,
+}
+
+/// What there is to do for whoever syncs.
+enum Due {
+    Now,
+    At(Instant),
+    Nothing,
+    /// And nothing will be.
+    Ended,
 }
 
 impl Releases {
-    pub(crate) fn new(interval: Duration) -> Self {
-        Self { state: Mutex::default(), work: Condvar::new(), interval }
+    pub(crate) fn new(interval: Duration, environment: Environment) -> Self {
+        Self { state: Mutex::default(), work: Condvar::new(), interval, environment }
     }
 
     /// Something was written; `release` waits for it. `soon`: sync without delay, for there is little room left.
@@ -63,7 +75,7 @@ impl Releases {
         } else {
             self.interval
         };
-        let due = Instant::now() + delay;
+        let due = self.environment.now() + delay;
         let mut state = self.state.lock();
         if let Some(reason) = &state.failed {
             let reason = reason.clone();
@@ -92,19 +104,32 @@ impl Releases {
     fn wait(&self) -> bool {
         let mut state = self.state.lock();
         loop {
-            if state.stop && state.queue.is_empty() && state.due.is_none() {
-                return false;
-            }
-            match state.due {
-                Some(due) if state.stop || due <= Instant::now() => {
-                    state.due = None;
-                    return true;
-                }
-                Some(due) => {
+            match self.look(&mut state) {
+                Due::Now => return true,
+                Due::Ended => return false,
+                Due::At(due) => {
                     self.work.wait_until(&mut state, due);
                 }
-                None => self.work.wait(&mut state),
+                Due::Nothing => self.work.wait(&mut state),
             }
+        }
+    }
+
+    /// Whether a sync is due now, which is then the caller's to make. Never waits.
+    pub(crate) fn take_due(&self) -> bool {
+        matches!(self.look(&mut self.state.lock()), Due::Now)
+    }
+
+    /// A sync that is due counts as begun.
+    fn look(&self, state: &mut State) -> Due {
+        match state.due {
+            Some(due) if state.stop || due <= self.environment.now() => {
+                state.due = None;
+                Due::Now
+            }
+            Some(due) => Due::At(due),
+            None if state.stop && state.queue.is_empty() => Due::Ended,
+            None => Due::Nothing,
         }
     }
 
@@ -114,7 +139,7 @@ impl Releases {
         taken.extend(state.queue.drain(..count));
         // Something was written between the sync and now whose time has been taken as this sync's.
         if !state.queue.is_empty() && state.due.is_none() {
-            state.due = Some(Instant::now());
+            state.due = Some(self.environment.now());
         }
     }
 
@@ -139,46 +164,58 @@ fn refuse(releases: impl IntoIterator<Item = Release>, reason: &str) {
 /// The sync thread.
 #[derive(Debug)]
 pub(crate) struct SyncThread {
-    pub(crate) syncer: Syncer,
-    pub(crate) releases: Arc<Releases>,
-    pub(crate) views: Arc<Views>,
-    pub(crate) inbox: Arc<Inbox>,
+    syncer: Syncer,
+    releases: Arc<Releases>,
+    views: Arc<Views>,
+    inbox: Arc<Inbox>,
+    /// Kept for their room.
+    taken: Vec<Release>,
+    high_watermarks: BTreeMap<PartitionKey, u64>,
 }
 
 impl SyncThread {
-    /// Syncs and releases until [`Releases::stop`] or a failure.
-    pub(crate) fn run(&self) {
-        let mut taken = Vec::new();
-        let mut high_watermarks = HashMap::new();
-        while self.releases.wait() {
-            let synced = match self.syncer.sync() {
-                Ok(synced) => synced,
-                Err(error) => {
-                    let reason = error.to_string();
-                    self.releases.fail(&reason);
-                    self.inbox.tell(News::Failed(reason));
-                    return;
-                }
-            };
-            self.releases.take_until(synced, &mut taken);
-            release(&self.views, &mut taken, &mut high_watermarks);
-            self.inbox.tell(News::Synced(synced));
-        }
+    pub(crate) fn new(syncer: Syncer, releases: Arc<Releases>, views: Arc<Views>, inbox: Arc<Inbox>) -> Self {
+        Self { syncer, releases, views, inbox, taken: Vec::new(), high_watermarks: BTreeMap::new() }
     }
-}
 
-/// Shows what was synced, then answers for it.
-fn release(views: &Views, taken: &mut Vec<Release>, high_watermarks: &mut HashMap<PartitionKey, u64>) {
-    // Each view once: publishing wakes its readers.
-    high_watermarks.extend(taken.iter().flat_map(|release| release.high_watermarks.iter().copied()));
-    for (partition, high_watermark) in high_watermarks.drain() {
-        if let Some(view) = views.get(partition) {
-            view.publish(high_watermark);
+    /// Syncs and releases until [`Releases::stop`] or a failure.
+    pub(crate) fn run(mut self) {
+        while self.releases.wait() {
+            let Some(synced) = self.sync() else { return };
+            self.release(synced);
         }
     }
-    let mut wakes = Wakes::default();
-    for (responder, reply) in taken.drain(..).flat_map(|release| release.replies) {
-        responder.answer(reply, &mut wakes);
+
+    /// Syncs what has been written; `None` after a failure, when nothing is released any more.
+    pub(crate) fn sync(&self) -> Option<Lsn> {
+        match self.syncer.sync() {
+            Ok(synced) => Some(synced),
+            Err(_) if planted("ignore-failed-sync") => Some(Lsn::MAX),
+            Err(error) => {
+                let reason = error.to_string();
+                self.releases.fail(&reason);
+                self.inbox.tell(News::Failed(reason));
+                None
+            }
+        }
     }
-    wakes.wake_all();
+
+    /// Shows what was synced, then answers for it, then tells the shard.
+    pub(crate) fn release(&mut self, synced: Lsn) {
+        self.releases.take_until(synced, &mut self.taken);
+        // Each view once: publishing wakes its readers.
+        let shown = self.taken.iter().flat_map(|release| release.high_watermarks.iter().copied());
+        self.high_watermarks.extend(shown);
+        while let Some((partition, high_watermark)) = self.high_watermarks.pop_first() {
+            if let Some(view) = self.views.get(partition) {
+                view.publish(high_watermark);
+            }
+        }
+        let mut wakes = Wakes::default();
+        for (responder, reply) in self.taken.drain(..).flat_map(|release| release.replies) {
+            responder.answer(reply, &mut wakes);
+        }
+        wakes.wake_all();
+        self.inbox.tell(News::Synced(synced));
+    }
 }

@@ -57,7 +57,7 @@ pub(crate) struct Runner {
 
 /// What there is to do after a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum After {
+pub(crate) enum After {
     /// Another turn.
     Turn,
     /// Nothing: the inbox is empty, and its next sender sees to the shard.
@@ -74,7 +74,7 @@ impl Runner {
         storage: Sender<Work>,
         options: CheckpointOptions,
     ) -> Self {
-        let now = Instant::now();
+        let now = clock.instant();
         Self {
             shard,
             clock,
@@ -104,22 +104,31 @@ impl Runner {
                 tracing::error!("a turn of the shard panicked; restart the broker");
                 return;
             };
-            let after = runner.turn(inbox);
-            runner.checkpoint_if_due();
-            match after {
+            match runner.round(inbox) {
                 After::Turn => continue,
-                After::Sleep => runner.mark_if_quiet(),
+                After::Sleep => {}
                 After::End => break,
             }
             let sleep = runner.sleep();
-            runner.alarm = Instant::now() + sleep;
+            runner.alarm = runner.clock.instant() + sleep;
             drop(seat);
             thread::park_timeout(sleep);
         }
         let runner = inbox.seat().take();
-        if let Some(runner) = runner {
+        if let Some(mut runner) = runner {
             runner.finish(inbox);
         }
+    }
+
+    /// A turn with all that comes with it: what the thread does before it sleeps, and all that a step of a shard without
+    /// threads does.
+    pub(crate) fn round(&mut self, inbox: &Inbox) -> After {
+        let after = self.turn(inbox);
+        self.checkpoint_if_due();
+        if after == After::Sleep {
+            self.mark_if_quiet();
+        }
+        after
     }
 
     /// Takes the turn of the sleeping thread, on another. False when the thread has to wake up all the same.
@@ -128,7 +137,7 @@ impl Runner {
             match self.turn(inbox) {
                 After::Turn => {}
                 After::Sleep => {
-                    return !self.is_checkpoint_due() && self.alarm <= Instant::now() + self.sleep();
+                    return !self.is_checkpoint_due() && self.alarm <= self.clock.instant() + self.sleep();
                 }
                 After::End => return false,
             }
@@ -157,7 +166,7 @@ impl Runner {
                 self.reads.start(read);
             }
             if self.shard.written() != before {
-                self.last_write = Instant::now();
+                self.last_write = self.clock.instant();
                 self.unmarked = true;
             }
             self.free();
@@ -177,9 +186,21 @@ impl Runner {
         }
     }
 
+    pub(crate) fn shard(&self) -> &Shard {
+        &self.shard
+    }
+
+    pub(crate) fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    fn since(&self, past: Instant) -> Duration {
+        self.clock.instant().saturating_duration_since(past)
+    }
+
     fn is_checkpoint_due(&self) -> bool {
         let due = self.shard.journaled() >= self.options.journal_bytes
-            || self.last_checkpoint.elapsed() >= self.options.interval;
+            || self.since(self.last_checkpoint) >= self.options.interval;
         due && !self.checkpointing && self.shard.read_only().is_none()
     }
 
@@ -187,7 +208,7 @@ impl Runner {
         if !self.is_checkpoint_due() {
             return;
         }
-        self.last_checkpoint = Instant::now();
+        self.last_checkpoint = self.clock.instant();
         if self.shard.written() > self.checkpointed {
             self.checkpointing = true;
             self.checkpointed = self.shard.written();
@@ -198,7 +219,7 @@ impl Runner {
     }
 
     fn mark_if_quiet(&mut self) {
-        let quiet = self.last_write.elapsed() >= MARK_AFTER;
+        let quiet = self.since(self.last_write) >= MARK_AFTER;
         if self.unmarked && quiet && self.shard.is_synced() && self.shard.read_only().is_none() {
             self.unmarked = false;
             self.shard.mark();
@@ -211,12 +232,13 @@ impl Runner {
             sleep = sleep.min(self.clock.until(deadline));
         }
         if self.unmarked && self.shard.is_synced() {
-            sleep = sleep.min(MARK_AFTER.saturating_sub(self.last_write.elapsed()));
+            sleep = sleep.min(MARK_AFTER.saturating_sub(self.since(self.last_write)));
         }
         sleep.max(Duration::from_millis(1))
     }
 
-    fn finish(mut self, inbox: &Inbox) {
+    /// Ends the run cleanly.
+    pub(crate) fn finish(&mut self, inbox: &Inbox) {
         inbox.close();
         inbox.clear();
         if self.shard.read_only().is_some() {

@@ -18,6 +18,7 @@ use crate::engine::config::EngineSettings;
 use crate::engine::effect::Reply;
 use crate::engine::error::EngineError;
 use crate::engine::types::{Level, PartitionKey, TopicId};
+use crate::environment::Environment;
 use crate::journal::JournalOptions;
 use crate::log::LogOptions;
 
@@ -37,6 +38,7 @@ fn options() -> StorageOptions {
         // Often, so that every test runs over some.
         checkpoint: CheckpointOptions { interval: Duration::from_millis(50), journal_bytes: 32 << 10 },
         sync_interval: Duration::from_millis(5),
+        environment: Environment::default(),
     }
 }
 

@@ -9,6 +9,7 @@ use crate::engine::error::EngineError;
 use crate::engine::partition::Sequence;
 use crate::engine::share::settle;
 use crate::engine::types::{Level, Lsn, Now, PartitionKey, SubscriptionId};
+use crate::plants::planted;
 
 impl Engine {
     #[expect(clippy::too_many_arguments, reason = "the fields of one command")]
@@ -163,6 +164,9 @@ impl Engine {
                 match self.check_append(target, Level::Synced, &batch.header, Origin::DeadLetter) {
                     Ok(Sequence::Next) => {
                         self.append_checked(lsn, target, batch, out);
+                        if planted("split-dead-letter") {
+                            return;
+                        }
                         None
                     }
                     Ok(Sequence::Duplicate(_)) => None,

@@ -419,6 +419,7 @@ fn a_writing_a_syncing_and_a_preparing_thread_work_together_on_a_real_disk() {
         max_frame_bytes: 16 << 10,
         spare_files: 2,
         background: true,
+        environment: Environment::default(),
     };
     let open = |from| recover_with(Arc::new(RealDisk), root.path(), options.clone(), from).unwrap();
     let (mut journal, _) = open(0);

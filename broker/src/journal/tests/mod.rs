@@ -12,6 +12,7 @@ use bytes::Bytes;
 
 use super::{Journal, JournalError, JournalOptions, Lsn, RecoverError};
 use crate::disk::{Disk, MemDisk};
+use crate::environment::Environment;
 
 /// Events and batches of one frame.
 type Content = (Vec<u8>, Vec<Bytes>);
@@ -24,6 +25,7 @@ fn small() -> JournalOptions {
         max_frame_bytes: 6000,
         spare_files: 2,
         background: false,
+        environment: Environment::default(),
     }
 }
 
