@@ -52,7 +52,7 @@ struct RunArgs {
     /// Who is measured, in turns; may be given several times [default: felucca]
     #[arg(long = "peer", value_name = "PEER", value_enum)]
     peers: Vec<Peer>,
-    /// About a second for each measurement
+    /// A few seconds for each measurement, once
     #[arg(long)]
     quick: bool,
     /// Leaves out the limits of the machine

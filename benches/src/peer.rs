@@ -20,6 +20,8 @@ pub enum Peer {
     Redis,
     /// NATS with file storage.
     Jetstream,
+    /// With one node that is broker and controller.
+    Kafka,
     /// Quorum queues over AMQP.
     RabbitmqQuorum,
     /// Streams over the stream protocol.
@@ -28,8 +30,14 @@ pub enum Peer {
 
 impl Peer {
     /// Every peer, Felucca first.
-    pub const ALL: &[Self] =
-        &[Self::Felucca, Self::Redis, Self::Jetstream, Self::RabbitmqQuorum, Self::RabbitmqStream];
+    pub const ALL: &[Self] = &[
+        Self::Felucca,
+        Self::Redis,
+        Self::Jetstream,
+        Self::Kafka,
+        Self::RabbitmqQuorum,
+        Self::RabbitmqStream,
+    ];
 
     /// As in results and on the command line.
     pub fn name(self) -> &'static str {
@@ -37,6 +45,7 @@ impl Peer {
             Self::Felucca => "felucca",
             Self::Redis => "redis",
             Self::Jetstream => "jetstream",
+            Self::Kafka => "kafka",
             Self::RabbitmqQuorum => "rabbitmq-quorum",
             Self::RabbitmqStream => "rabbitmq-stream",
         }
@@ -45,7 +54,7 @@ impl Peer {
     /// What its acknowledgements can mean, the weakest first.
     pub fn levels(self) -> &'static [Ack] {
         match self {
-            Self::Felucca | Self::Redis | Self::Jetstream => &[Ack::Written, Ack::Synced],
+            Self::Felucca | Self::Redis | Self::Jetstream | Self::Kafka => &[Ack::Written, Ack::Synced],
             Self::RabbitmqQuorum => &[Ack::Synced],
             Self::RabbitmqStream => &[Ack::Written],
         }
@@ -58,7 +67,8 @@ impl Peer {
 
     /// Several workers can share its records and acknowledge each.
     pub(crate) fn has_groups(self) -> bool {
-        self != Self::RabbitmqStream
+        // Kafka has share groups, its client in Rust does not.
+        !matches!(self, Self::Kafka | Self::RabbitmqStream)
     }
 
     /// Several readers can each have all its records.
@@ -69,7 +79,7 @@ impl Peer {
     /// Streams or queues on one node that somebody might want.
     pub(crate) fn most_partitions(self) -> u32 {
         match self {
-            Self::Felucca | Self::Redis => u32::MAX,
+            Self::Felucca | Self::Redis | Self::Kafka => u32::MAX,
             Self::Jetstream | Self::RabbitmqQuorum | Self::RabbitmqStream => 64,
         }
     }
@@ -80,6 +90,7 @@ impl Peer {
             Self::Felucca => None,
             Self::Redis => Some("redis"),
             Self::Jetstream => Some("jetstream"),
+            Self::Kafka => Some("kafka"),
             Self::RabbitmqQuorum | Self::RabbitmqStream => Some("rabbitmq"),
         }
     }
@@ -90,6 +101,7 @@ impl Peer {
             Self::Felucca => true,
             Self::Redis => cfg!(feature = "redis"),
             Self::Jetstream => cfg!(feature = "jetstream"),
+            Self::Kafka => cfg!(feature = "kafka"),
             Self::RabbitmqQuorum | Self::RabbitmqStream => cfg!(feature = "rabbitmq"),
         }
     }
@@ -100,6 +112,7 @@ impl Peer {
             Self::Felucca => "felucca",
             Self::Redis => "redis-server",
             Self::Jetstream => "nats-server",
+            Self::Kafka => "kafka-server",
             Self::RabbitmqQuorum | Self::RabbitmqStream => "rabbitmq-server",
         }
     }
@@ -110,6 +123,7 @@ impl Peer {
             Self::Felucca => "cargo build --release -p felucca-broker",
             Self::Redis => "benches/peers/install.sh redis",
             Self::Jetstream => "benches/peers/install.sh jetstream",
+            Self::Kafka => "benches/peers/install.sh kafka",
             Self::RabbitmqQuorum | Self::RabbitmqStream => "benches/peers/install.sh rabbitmq",
         }
     }
@@ -205,6 +219,7 @@ mod tests {
             ("felucca 0.1.0", "0.1.0"),
             ("Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.3.0 bits=64", "7.0.15"),
             ("nats-server: v2.12.3", "2.12.3"),
+            ("kafka 4.1.0", "4.1.0"),
         ];
         for (said, version) in cases {
             assert_eq!(version_in(said).as_deref(), Some(version), "{said}");

@@ -82,6 +82,28 @@ impl Row {
         }
     }
 
+    /// Two measurements of the same one after the other, as one.
+    pub(crate) fn and(self, after: &Self) -> Self {
+        fn both<T: std::ops::Add<Output = T>>(first: Option<T>, second: Option<T>) -> Option<T> {
+            Some(first? + second?)
+        }
+        let records = both(self.records, after.records);
+        let seconds = both(self.seconds, after.seconds);
+        let rate = |amount: Option<f64>| Some(amount? / seconds?);
+        let bytes = |row: &Self| Some(row.bytes_per_s? * row.seconds?);
+        Self {
+            records,
+            seconds,
+            records_per_s: rate(records.map(|records| records as f64)),
+            bytes_per_s: rate(both(bytes(&self), bytes(after))),
+            server_cpu_s: both(self.server_cpu_s, after.server_cpu_s),
+            client_cpu_s: both(self.client_cpu_s, after.client_cpu_s),
+            disk_bytes: both(self.disk_bytes, after.disk_bytes),
+            server_rss_bytes: self.server_rss_bytes.max(after.server_rss_bytes),
+            ..self
+        }
+    }
+
     /// Sets the percentiles from latencies in nanoseconds; leaves them out when there are none.
     pub(crate) fn set_latencies(&mut self, nanoseconds: &Histogram<u64>) {
         if nanoseconds.is_empty() {
@@ -140,5 +162,18 @@ mod tests {
         assert_eq!((row.records_per_s, row.bytes_per_s), (Some(2000.0), Some(200_000.0)));
         row.set_rate(1000, 0, Duration::from_secs(1));
         assert_eq!(row.records_per_s, Some(1000.0));
+    }
+
+    #[test]
+    fn two_measurements_are_one_of_both_together() {
+        let row = |records, seconds| {
+            let mut row = Row { server_cpu_s: Some(0.5), ..Row::default() };
+            row.set_rate(records, 100, Duration::from_secs(seconds));
+            row
+        };
+        let both = row(1000, 1).and(&row(5000, 2));
+        assert_eq!((both.records, both.seconds, both.server_cpu_s), (Some(6000), Some(3.0), Some(1.0)));
+        assert_eq!((both.records_per_s, both.bytes_per_s), (Some(2000.0), Some(200_000.0)));
+        assert_eq!(both.client_cpu_s, None);
     }
 }

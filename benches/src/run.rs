@@ -20,7 +20,7 @@ use crate::workload::{
 use crate::{limits, measure};
 
 /// How long the machine's limits are measured, each.
-const LIMIT_SECONDS: f64 = 1.0;
+const LIMIT_SECONDS: f64 = 0.5;
 /// Size of the file with which the disk is measured.
 const LIMIT_FILE_BYTES: u64 = 1 << 30;
 /// Of the disk: what is produced goes through the journal into segments, and something must stay free.
@@ -33,6 +33,8 @@ pub struct Effort {
     /// Longest measured time.
     pub longest: Duration,
     pub longest_warm_up: Duration,
+    /// Steady work under a rate. What is over sooner is done again with more, and is an error if that does not help.
+    pub shortest: Duration,
     /// Records produced before something is measured with them.
     pub most_records: u64,
     pub most_bytes: u64,
@@ -44,22 +46,29 @@ impl Effort {
     pub const FULL: Self = Self {
         longest: Duration::MAX,
         longest_warm_up: Duration::MAX,
+        shortest: Duration::from_secs(2),
         most_records: u64::MAX,
         most_bytes: u64::MAX,
         most_starts: u32::MAX,
     };
 
-    /// About a second for each measurement: shows that everything works, and figures with much noise.
+    /// A few seconds for each measurement: shows that everything works, and figures with much noise.
     pub const QUICK: Self = Self {
-        longest: Duration::from_millis(700),
+        longest: Duration::from_secs(2),
         longest_warm_up: Duration::from_millis(300),
-        most_records: 200_000,
-        most_bytes: 512 << 20,
+        shortest: Duration::from_secs(2),
+        most_records: 500_000,
+        most_bytes: 6 << 30,
         most_starts: 3,
     };
 
     pub(crate) fn measured(&self, seconds: f64) -> Duration {
         Duration::from_secs_f64(seconds).min(self.longest)
+    }
+
+    /// Of what may be measured for so long at the most.
+    pub(crate) fn shortest(&self, measured: Duration) -> Duration {
+        self.shortest.min(measured)
     }
 
     pub(crate) fn warm_up(&self, seconds: f64) -> Duration {
@@ -112,7 +121,11 @@ impl Case {
             }
             Work::Share(work) => {
                 let case = |(way, members)| Self::Share { work: work.clone(), members, way };
-                product(&work.ways, &work.members).map(case).collect()
+                let of_way = |way: &Way| match way.members {
+                    None => product(&[*way], &work.members).map(case).collect(),
+                    Some(members) => vec![case((*way, members))],
+                };
+                work.ways.iter().flat_map(of_way).collect()
             }
             Work::FanOut(work) => vec![Self::FanOut(work.clone())],
             Work::Footprint(work) => vec![Self::Footprint(work.clone())],
@@ -173,9 +186,10 @@ impl Case {
         let weakest = || peer.levels().first().copied();
         let takes_part = match self {
             Self::Raw { .. } => peer == Peer::Felucca,
-            // The others' clients have one way only.
-            Self::Share { way, .. } if !way.is_common() => peer == Peer::Felucca,
-            Self::Share { .. } => peer.has_groups(),
+            // The others' clients have one way only, and their servers one level at which it is usual.
+            Self::Share { way, .. } => {
+                peer == Peer::Felucca || peer.has_groups() && way.is_common() && weakest() == Some(way.ack)
+            }
             Self::FanOut(_) => peer.has_readers(),
             // In Redis' memory only, and read from a queue it is gone.
             Self::Consume { cache: Cache::Cold, .. } => peer != Peer::Redis,
@@ -204,7 +218,9 @@ impl Case {
         match self {
             Self::Produce { work, .. } | Self::Raw { work, .. } => effort.bytes(work.max_bytes),
             Self::Consume { work, .. } => effort.records(work.records) * work.record_bytes as u64,
-            Self::Share { work, .. } => effort.records(work.records) * work.record_bytes as u64,
+            Self::Share { work, .. } => {
+                measure::share::most_records(effort.records(work.records)) * work.record_bytes as u64
+            }
             Self::EndToEnd { work, rate, .. } => {
                 let time = effort.warm_up(work.warm_up_seconds) + effort.measured(work.seconds);
                 match rate {
@@ -259,17 +275,19 @@ pub enum End {
 }
 
 impl Run {
-    /// Measures everything. Each row goes to the sink as soon as it is there.
+    /// Measures everything. Each row goes to the sink as soon as it is there. A measurement that fails does not keep the
+    /// others from being made.
     ///
     /// # Errors
-    /// A peer that is not there, or that may stand beside Felucca in no case; or the first measurement that failed, by name.
-    /// Rows measured before it are in the sink.
+    /// A peer that is not there, or that may stand beside Felucca in no case; results that cannot be written; or, at the end,
+    /// the measurements that failed, by name.
     pub fn measure(&self, sink: &mut Sink) -> anyhow::Result<End> {
         for peer in &self.peers {
             self.launcher.check(*peer)?;
             self.check_takes_part(*peer)?;
         }
         let mut end = End::Complete;
+        let mut failures = Vec::new();
         for workload in &self.workloads {
             let began = Instant::now();
             for (index, case) in Case::all(&workload.work).iter().enumerate() {
@@ -279,7 +297,7 @@ impl Run {
                     }
                     for peer in &self.peers {
                         if began.elapsed() < self.longest {
-                            self.measure_once(workload, case, *peer, rep, sink)?;
+                            failures.extend(self.measure_once(workload, case, *peer, rep, sink)?);
                         } else {
                             end = End::TimeIsUp;
                         }
@@ -287,6 +305,7 @@ impl Run {
                 }
             }
         }
+        ensure!(failures.is_empty(), "{}", failures.join("\n"));
         Ok(end)
     }
 
@@ -316,6 +335,7 @@ impl Run {
         Ok(())
     }
 
+    /// Returns why it failed, if it did.
     fn measure_once(
         &self,
         workload: &Workload,
@@ -323,21 +343,26 @@ impl Run {
         peer: Peer,
         rep: u32,
         sink: &mut Sink,
-    ) -> anyhow::Result<()> {
-        let Some(level) = case.level_of(peer) else { return Ok(()) };
+    ) -> anyhow::Result<Option<String>> {
+        let Some(level) = case.level_of(peer) else { return Ok(None) };
         if self.launcher.runs_already(peer) && !case.can_run_against_others() {
-            return Ok(());
+            return Ok(None);
         }
         let name = case.name();
         let promised = case.level();
         if sink.has(&workload.name, &name, promised, peer, rep) {
-            return Ok(());
+            return Ok(None);
         }
-        let row = self
-            .measure_case(peer, level, case)
-            .with_context(|| format!("{}, {name}, {}: the measurement failed", workload.name, peer.name()))?;
+        let row = match self.measure_case(peer, level, case) {
+            Ok(row) => row,
+            Err(error) => {
+                let failure = format!("{} {name}, {}, rep {rep}: {error:#}", workload.name, peer.name());
+                sink.failed(&failure);
+                return Ok(Some(failure));
+            }
+        };
         let ack = match case {
-            Case::Share { .. } if peer == Peer::Felucca => Some(Ack::Synced),
+            Case::Share { way, .. } if peer == Peer::Felucca => Some(way.ack),
             Case::Consume { .. } | Case::Footprint(_) => None,
             _ => Some(level),
         };
@@ -350,7 +375,8 @@ impl Run {
             level: promised,
             rep,
             ..row
-        })
+        })?;
+        Ok(None)
     }
 
     fn measure_case(&self, peer: Peer, level: Ack, case: &Case) -> anyhow::Result<Row> {
@@ -418,9 +444,22 @@ mod tests {
     }
 
     #[test]
+    fn peers_share_records_at_their_usual_level() {
+        let cases = Case::all(&Workload::find("W5").unwrap().work);
+        let beside = |peer: Peer| -> Vec<_> {
+            cases.iter().filter(|case| case.level_of(peer).is_some()).map(Case::level).collect()
+        };
+        assert_eq!(beside(Peer::Redis), [Some(Ack::Written); 3]);
+        assert_eq!(beside(Peer::RabbitmqQuorum), [Some(Ack::Synced)]);
+        assert_eq!(beside(Peer::RabbitmqStream), []);
+        assert_eq!(beside(Peer::Felucca).len(), cases.len());
+    }
+
+    #[test]
     fn effort_bounds_what_a_workload_says() {
         assert_eq!(Effort::FULL.measured(4.0), Duration::from_secs(4));
-        assert_eq!(Effort::QUICK.measured(4.0), Duration::from_millis(700));
+        assert_eq!(Effort::QUICK.measured(4.0), Duration::from_secs(2));
+        assert_eq!(Effort::QUICK.shortest(Duration::from_secs(1)), Duration::from_secs(1));
         assert_eq!(Effort::QUICK.records(10), 10);
         let most = Workload::standard(false)
             .unwrap()
@@ -428,6 +467,6 @@ mod tests {
             .flat_map(|workload| Case::all(&workload.work))
             .map(|case| case.stored_bytes(&Effort::QUICK))
             .max();
-        assert!(most.unwrap() <= 1 << 30);
+        assert!(most.unwrap() <= 6 << 30);
     }
 }

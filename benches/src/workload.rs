@@ -11,10 +11,12 @@ use serde::{Deserialize, Serialize};
 /// The standard workloads in the order in which they run.
 const STANDARD: &[&str] = &[
     include_str!("../workloads/w1.toml"),
+    include_str!("../workloads/w1-callers.toml"),
     include_str!("../workloads/w2.toml"),
     include_str!("../workloads/w3.toml"),
     include_str!("../workloads/w3-small.toml"),
     include_str!("../workloads/w4.toml"),
+    include_str!("../workloads/w4-synced.toml"),
     include_str!("../workloads/w5.toml"),
     include_str!("../workloads/w6.toml"),
     include_str!("../workloads/w7.toml"),
@@ -200,7 +202,8 @@ pub struct Share {
     pub seconds: f64,
 }
 
-/// How records are taken and acknowledged. Peers have the way that is nothing but `receive = "next"`.
+/// How records are taken and acknowledged. Peers have the ways that are nothing but `receive = "next"`, each the one whose
+/// `ack` is its usual level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Way {
@@ -209,18 +212,16 @@ pub struct Way {
     #[serde(default)]
     pub keys: u32,
     /// When an acknowledgement is answered.
-    #[serde(default = "Way::default_ack")]
     pub ack: Ack,
+    /// Other than the workload's.
+    #[serde(default)]
+    pub members: Option<u32>,
 }
 
 impl Way {
-    fn default_ack() -> Ack {
-        Ack::Synced
-    }
-
     /// Whether other brokers' clients can do it, too.
     pub(crate) fn is_common(&self) -> bool {
-        *self == Self { receive: Receive::Next, keys: 0, ack: Ack::Synced }
+        self.receive == Receive::Next && self.keys == 0
     }
 }
 
@@ -306,7 +307,7 @@ impl Workload {
                     && work.partitions > 0
                     && work.prefetch > 0
                     && !work.members.contains(&0)
-                    && work.ways.iter().all(|way| way.ack != Ack::Memory)
+                    && work.ways.iter().all(|way| way.ack != Ack::Memory && way.members != Some(0))
                     && lasts(work.warm_up_seconds, work.seconds)
             }
             Work::FanOut(work) => {

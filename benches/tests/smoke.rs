@@ -15,6 +15,7 @@ use felucca_broker::settings::ServerSettings;
 const EFFORT: Effort = Effort {
     longest: Duration::from_millis(300),
     longest_warm_up: Duration::from_millis(100),
+    shortest: Duration::ZERO,
     most_records: 20_000,
     most_bytes: 64 << 20,
     most_starts: 1,

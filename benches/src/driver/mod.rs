@@ -7,6 +7,8 @@
 mod felucca;
 #[cfg(feature = "jetstream")]
 mod jetstream;
+#[cfg(feature = "kafka")]
+mod kafka;
 #[cfg(feature = "rabbitmq")]
 mod rabbitmq_quorum;
 #[cfg(feature = "rabbitmq")]
@@ -24,6 +26,8 @@ use tokio::sync::watch;
 pub(crate) use self::felucca::Felucca;
 #[cfg(feature = "jetstream")]
 pub(crate) use self::jetstream::Jetstream;
+#[cfg(feature = "kafka")]
+pub(crate) use self::kafka::Kafka;
 #[cfg(feature = "rabbitmq")]
 pub(crate) use self::rabbitmq_quorum::RabbitmqQuorum;
 #[cfg(feature = "rabbitmq")]
@@ -88,6 +92,8 @@ pub(crate) trait Driver: Sized + Send + Sync + 'static {
     type Consumer: Consumer;
     /// Written before something is measured, so that a broker that reuses its files has some to reuse.
     const WARM_UP_BYTES: u64 = 0;
+    /// What a consumer has taken is gone.
+    const READING_REMOVES: bool = false;
 
     /// Acknowledgements mean `level`, for which the server was set up.
     fn open(address: &str, level: Ack) -> impl Future<Output = anyhow::Result<Self>> + Send;

@@ -57,6 +57,7 @@ impl RabbitmqQuorum {
 impl Driver for RabbitmqQuorum {
     type Producer = QuorumProducer;
     type Consumer = QuorumConsumer;
+    const READING_REMOVES: bool = true;
 
     async fn open(address: &str, _level: Ack) -> anyhow::Result<Self> {
         Ok(Self { address: address.to_owned() })

@@ -42,11 +42,12 @@ pub(super) async fn measure<D: Driver>(session: &Session, work: &FanOut) -> anyh
         measured: session.effort.measured(work.seconds),
         most: session.effort.bytes(work.max_bytes) / record_bytes.max(1) * u64::from(work.groups),
     };
-    let (row, _) = delivered.observe(session, &span, record_bytes).await;
+    let (row, opening) = delivered.observe(session, &span, record_bytes).await;
     produced.close();
     join(sending).await?;
     join(readers).await?;
     ensure!(row.records.is_some_and(|records| records > 0), "nothing was delivered");
+    opening.check()?;
     session.discard(&driver, &topic, &[]).await?;
     Ok(row)
 }

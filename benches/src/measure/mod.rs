@@ -7,7 +7,7 @@ mod footprint;
 mod pacing;
 mod produce;
 mod raw;
-mod share;
+pub(crate) mod share;
 pub(crate) mod window;
 
 use std::path::PathBuf;
@@ -29,8 +29,6 @@ use crate::workload::{Ack, Producers};
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// Records that each connection has in flight when topics are filled.
 const FILL_IN_FLIGHT: usize = 16_384;
-/// Filling ends early after this time: a slow peer is measured with fewer records.
-const FILL_TIME: Duration = Duration::from_secs(12);
 
 /// What a measurement runs against.
 #[derive(Clone, Debug)]
@@ -84,11 +82,18 @@ pub(crate) fn measure(
             Peer::Redis => run::<driver::Redis>(session, case).await,
             #[cfg(feature = "jetstream")]
             Peer::Jetstream => run::<driver::Jetstream>(session, case).await,
+            #[cfg(feature = "kafka")]
+            Peer::Kafka => run::<driver::Kafka>(session, case).await,
             #[cfg(feature = "rabbitmq")]
             Peer::RabbitmqQuorum => run::<driver::RabbitmqQuorum>(session, case).await,
             #[cfg(feature = "rabbitmq")]
             Peer::RabbitmqStream => run::<driver::RabbitmqStream>(session, case).await,
-            #[cfg(not(all(feature = "redis", feature = "jetstream", feature = "rabbitmq")))]
+            #[cfg(not(all(
+                feature = "redis",
+                feature = "jetstream",
+                feature = "kafka",
+                feature = "rabbitmq"
+            )))]
             other => anyhow::bail!("{} is not part of this build", other.name()),
         }
     });

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use bytes::Bytes;
@@ -12,41 +12,48 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::window::{Span, Window};
-use super::{FILL_IN_FLIGHT, FILL_TIME, PATIENCE, Producers, Session, create_topic, join, value};
+use super::{FILL_IN_FLIGHT, PATIENCE, Producers, Session, create_topic, join, value};
 use crate::driver::{Driver, Gathering, Producer, Topic};
 use crate::row::{Row, latencies, record};
 use crate::workload::Produce;
 
-/// Sends records of which nothing is measured, waits until all are acknowledged, and returns how many they were: fewer than
-/// asked for when it takes too long.
-pub(super) async fn fill<D: Driver>(
-    driver: &D,
-    topic: &Topic,
-    records: u64,
-    record_bytes: usize,
-    batch_bytes: usize,
-    keys: u32,
-) -> anyhow::Result<u64> {
-    let gathering = Gathering { batch_bytes, in_flight: FILL_IN_FLIGHT, keys };
-    let mut producer = driver.producer(topic, 0, gathering).await?;
-    let value = value(record_bytes);
-    let began = Instant::now();
-    let mut sent = 0;
-    let mut pending = VecDeque::with_capacity(FILL_IN_FLIGHT);
-    while sent < records && began.elapsed() < FILL_TIME {
-        if pending.len() == FILL_IN_FLIGHT
-            && let Some(mut oldest) = pending.pop_front()
-        {
-            acknowledged(&mut oldest).await?;
+/// Records of which nothing is measured.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Filling {
+    /// At the most.
+    pub(super) records: u64,
+    /// Ends early after this: a slow server is measured with fewer records.
+    pub(super) longest: Duration,
+    pub(super) record_bytes: usize,
+    pub(super) batch_bytes: usize,
+    pub(super) keys: u32,
+}
+
+impl Filling {
+    /// Sends them, waits until all are acknowledged, and returns how many they were.
+    pub(super) async fn fill<D: Driver>(&self, driver: &D, topic: &Topic) -> anyhow::Result<u64> {
+        let gathering =
+            Gathering { batch_bytes: self.batch_bytes, in_flight: FILL_IN_FLIGHT, keys: self.keys };
+        let mut producer = driver.producer(topic, 0, gathering).await?;
+        let value = value(self.record_bytes);
+        let began = Instant::now();
+        let mut sent = 0;
+        let mut pending = VecDeque::with_capacity(FILL_IN_FLIGHT);
+        while sent < self.records && began.elapsed() < self.longest {
+            if pending.len() == FILL_IN_FLIGHT
+                && let Some(mut oldest) = pending.pop_front()
+            {
+                acknowledged(&mut oldest).await?;
+            }
+            pending.push_back(producer.enqueue(value.clone()).await?);
+            sent += 1;
         }
-        pending.push_back(producer.enqueue(value.clone()).await?);
-        sent += 1;
+        for mut ack in pending {
+            acknowledged(&mut ack).await?;
+        }
+        producer.close().await?;
+        Ok(sent)
     }
-    for mut ack in pending {
-        acknowledged(&mut ack).await?;
-    }
-    producer.close().await?;
-    Ok(sent)
 }
 
 /// Waits for an acknowledgement, without a timer when it is there already.
@@ -181,6 +188,7 @@ pub(super) async fn measure<D: Driver>(
         all.add(histogram)?;
     }
     ensure!(row.records.is_some_and(|records| records > 0), "nothing was acknowledged");
+    opening.check()?;
     row.set_latencies(&all);
     opening.sustained(session, &window, record_bytes, &mut row).await;
     session.discard(&driver, &topic, &[]).await?;

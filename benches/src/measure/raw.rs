@@ -204,6 +204,7 @@ pub(super) async fn measure(session: &Session, work: &Produce, producers: Produc
         all.add(histogram)?;
     }
     ensure!(row.records.is_some_and(|requests| requests > 0), "nothing was acknowledged");
+    opening.check()?;
     row.records = row.records.map(|requests| requests * encoded.records);
     row.records_per_s = row.records_per_s.map(|requests| requests * encoded.records as f64);
     row.set_latencies(&all);

@@ -6,6 +6,7 @@
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use anyhow::ensure;
 use tokio::sync::watch;
 
 use super::{PATIENCE, Session};
@@ -106,6 +107,7 @@ impl Window {
         span: &Span,
         bytes_per_unit: u64,
     ) -> (Row, Opening) {
+        let shortest = session.effort.shortest(span.measured);
         let whole = Meter::start(session);
         let most = span.most / 2;
         self.pass(span.warm_up, most, None).await;
@@ -115,14 +117,14 @@ impl Window {
         }
         let warmed_up = self.total();
         let (meter, before) = if warmed_up > most { (whole, 0) } else { (Meter::start(session), warmed_up) };
-        let began = meter.began;
+        let (began, warm) = (meter.began, Instant::now());
         self.phase.store(COUNTING, Ordering::Relaxed);
         let mut timeline = Vec::new();
         self.pass(span.measured, span.most, Some(&mut timeline)).await;
         let mut row = meter.finish(self.total() - before, bytes_per_unit);
         self.close();
         row.timeline = timeline;
-        (row, Opening { began, before })
+        (row, Opening { began, before, steady: warm.elapsed(), shortest })
     }
 
     /// Lets time pass, or less when the total is reached before; notes what was counted in each [`POINT`].
@@ -150,9 +152,25 @@ pub(super) struct Opening {
     began: Instant,
     /// Counted before that.
     before: u64,
+    /// From the end of the warm-up to the end of the window.
+    steady: Duration,
+    shortest: Duration,
 }
 
 impl Opening {
+    /// The work lasted as long as it has to for a figure.
+    pub(super) fn is_steady(&self) -> bool {
+        self.steady >= self.shortest
+    }
+
+    /// # Errors
+    /// It did not.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        let (steady, shortest) = (self.steady, self.shortest);
+        ensure!(self.is_steady(), "the work was done after {steady:?}, a figure needs {shortest:?} of it");
+        Ok(())
+    }
+
     /// Once nothing is sent any more: waits until the server has come to rest, that is until what it took in has been put
     /// where it stays, and sets the rate at which it can do that all the time.
     pub(super) async fn sustained(
@@ -225,5 +243,43 @@ impl Meter {
             before.disk_bytes.zip(after.disk_bytes).map(|(before, after)| after.saturating_sub(before));
         row.server_rss_bytes = self.session.group.and_then(process::group_resident_bytes);
         row
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::run::Effort;
+    use crate::workload::Ack;
+
+    /// Counts `units` in every millisecond, and returns whether the window was long enough.
+    async fn observed(units: u64, most: u64) -> anyhow::Result<()> {
+        let effort = Effort { shortest: Duration::from_millis(60), ..Effort::FULL };
+        let session =
+            Session { address: String::new(), level: Ack::Written, group: None, data: None, effort };
+        let window = Arc::new(Window::new(1));
+        let counting = tokio::spawn({
+            let window = window.clone();
+            async move {
+                while !window.is_over() {
+                    window.count(0).add(units);
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            }
+        });
+        let (warm_up, measured) = (Duration::from_millis(20), Duration::from_millis(80));
+        let span = Span { warm_up, warm_up_units: 0, measured, most };
+        let (_, opening) = window.observe(&session, &span, 1).await;
+        counting.await?;
+        opening.check()
+    }
+
+    #[tokio::test]
+    async fn work_that_is_done_too_soon_has_no_figure() {
+        observed(1, u64::MAX).await.unwrap();
+        let error = observed(1000, 2000).await.unwrap_err();
+        assert!(error.to_string().contains("a figure needs 60ms"), "{error}");
     }
 }

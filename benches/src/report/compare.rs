@@ -61,7 +61,7 @@ impl Figure {
         } else if row.case.contains("1 record in flight") {
             &[Self::RecordsPerSecond, Self::P50, Self::P99]
         } else {
-            &[Self::RecordsPerSecond, Self::SustainedRecordsPerSecond]
+            &[Self::RecordsPerSecond, Self::SustainedRecordsPerSecond, Self::ResidentMiB]
         }
     }
 }

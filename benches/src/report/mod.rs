@@ -145,6 +145,13 @@ impl Sink {
         Ok(())
     }
 
+    /// Tells on stderr, where it tells what was measured, that something was not.
+    pub(crate) fn failed(&self, why: &str) {
+        if self.progress {
+            eprintln!("failed: {why}");
+        }
+    }
+
     pub fn rows(&self) -> &[Row] {
         &self.rows
     }

@@ -107,7 +107,7 @@ impl Launcher {
 
     /// The program itself, if it is one file.
     pub(crate) fn binary(&self, peer: Peer) -> Option<PathBuf> {
-        let one_file = !matches!(peer, Peer::RabbitmqQuorum | Peer::RabbitmqStream);
+        let one_file = !matches!(peer, Peer::Kafka | Peer::RabbitmqQuorum | Peer::RabbitmqStream);
         self.programs.find(peer).filter(|_| one_file)
     }
 

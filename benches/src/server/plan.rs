@@ -8,6 +8,8 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::Command;
 
+use anyhow::ensure;
+
 use crate::peer::Peer;
 use crate::workload::Ack;
 
@@ -38,6 +40,7 @@ impl Plan {
             Peer::Felucca => Ok(felucca(program, directory)),
             Peer::Redis => redis(level, program, directory),
             Peer::Jetstream => nats(level, program, directory),
+            Peer::Kafka => kafka(level, program, directory),
             Peer::RabbitmqQuorum | Peer::RabbitmqStream => rabbitmq(peer, program, directory),
         }
     }
@@ -86,6 +89,38 @@ fn nats(level: Ack, program: &Path, directory: &Path) -> anyhow::Result<Plan> {
     fs::write(&file, config)?;
     let mut command = Command::new(program);
     command.arg("--config").arg(file);
+    Ok(Plan {
+        command,
+        companion: None,
+        ready: Ready::Accepting(vec![local(port)]),
+        settings: settings.to_owned(),
+    })
+}
+
+/// One node that is broker and controller, its storage formatted beforehand as it is once in the life of a server.
+fn kafka(level: Ack, program: &Path, directory: &Path) -> anyhow::Result<Plan> {
+    let (port, controller) = (free_port()?, free_port()?);
+    let (sync, settings) = match level {
+        Ack::Synced => ("log.flush.interval.messages=1\n", "KRaft, one node, flush after each batch"),
+        Ack::Written | Ack::Memory => ("", "KRaft, one node, no flush (default)"),
+    };
+    let config = format!(
+        "process.roles=broker,controller\nnode.id=1\ncontroller.quorum.voters=1@127.0.0.1:{controller}\n\
+         listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}\n\
+         advertised.listeners=PLAINTEXT://127.0.0.1:{port}\ncontroller.listener.names=CONTROLLER\n\
+         offsets.topic.replication.factor=1\nlog.dirs={}\n{sync}",
+        directory.join("data").display()
+    );
+    let file = directory.join("server.properties");
+    fs::write(&file, config)?;
+    let format = Command::new(program).arg("format").arg(&file).output()?;
+    ensure!(
+        format.status.success(),
+        "its storage was not formatted: {}",
+        String::from_utf8_lossy(&format.stderr)
+    );
+    let mut command = Command::new(program);
+    command.arg(file);
     Ok(Plan {
         command,
         companion: None,
