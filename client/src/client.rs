@@ -138,10 +138,7 @@ impl Client {
 
     /// The topic by name, as the broker knows it now.
     pub(crate) async fn look_up(&self, name: &str) -> Result<TopicRef> {
-        let unknown = || Error::Broker {
-            code: ErrorCode::UnknownTopic,
-            message: format!("topic {name:?} does not exist"),
-        };
+        let unknown = || Error::broker(ErrorCode::UnknownTopic, format!("topic {name:?} does not exist"));
         let request = message::Metadata { topics: vec![name.to_owned()] };
         let (reply, _): (message::MetadataReply, _) =
             self.link.ask_until(Api::Metadata, &request, Vec::new()).await?;
@@ -160,10 +157,7 @@ impl Client {
             self.remember(Topic::from_message(topic));
         }
         let known = self.topics.lock().by_id.get(id).cloned();
-        known.ok_or_else(|| Error::Broker {
-            code: ErrorCode::UnknownTopic,
-            message: "a topic that was deleted".to_owned(),
-        })
+        known.ok_or_else(|| Error::broker(ErrorCode::UnknownTopic, "a topic that was deleted"))
     }
 
     fn remember(&self, topic: Topic) -> TopicRef {

@@ -1,5 +1,7 @@
 //! Why a call failed, and whether to try again.
 
+use std::time::Duration;
+
 use felucca_protocol::ErrorCode;
 use felucca_protocol::batch::BatchError;
 use felucca_protocol::message;
@@ -12,7 +14,12 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub enum Error {
     /// The broker refused.
     #[error("{}: {message}", code.name())]
-    Broker { code: ErrorCode, message: String },
+    Broker {
+        code: ErrorCode,
+        message: String,
+        /// Not to be asked again before; the client chooses when it is `None`.
+        retry_after: Option<Duration>,
+    },
     /// No answer in time; what was asked may still have been done.
     #[error("timed out while {0}")]
     Timeout(&'static str),
@@ -31,6 +38,9 @@ pub enum Error {
     /// The address cannot be used.
     #[error("connect: {0}")]
     Connect(String),
+    /// The service that handles records can take no more.
+    #[error("handler: {0}")]
+    Handler(String),
 }
 
 impl Error {
@@ -39,8 +49,20 @@ impl Error {
         match self {
             Self::Broker { code, .. } => code.retryable(),
             Self::Timeout(_) | Self::Disconnected | Self::Connect(_) => true,
-            Self::Closed | Self::Record(_) | Self::Protocol(_) => false,
+            Self::Closed | Self::Record(_) | Self::Protocol(_) | Self::Handler(_) => false,
         }
+    }
+
+    /// How long the broker wants to be left alone, if it said so.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Broker { retry_after, .. } => *retry_after,
+            _ => None,
+        }
+    }
+
+    pub(crate) fn broker(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self::Broker { code, message: message.into(), retry_after: None }
     }
 
     /// The broker's error code, if the broker refused.
@@ -54,7 +76,12 @@ impl Error {
 
 impl From<message::Error> for Error {
     fn from(error: message::Error) -> Self {
-        Self::Broker { code: error.error_code(), message: error.message }
+        let retry_after = Some(error.retry_after_ms).filter(|millis| *millis > 0);
+        Self::Broker {
+            code: error.error_code(),
+            message: error.message,
+            retry_after: retry_after.map(|millis| Duration::from_millis(millis.into())),
+        }
     }
 }
 

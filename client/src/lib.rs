@@ -71,6 +71,6 @@ pub use felucca_protocol::batch::Compression;
 pub use producer::{Ack, Level, PendingAck, Producer, ProducerBuilder};
 pub use record::{ConsumedRecord, Header, Record};
 pub use share::{
-    Delivery, Lease, Nack, Outcome, RecordState, Reject, SettleResult, SettleStatus, ShareConsumer,
-    ShareConsumerBuilder, WorkerReport,
+    Breaker, Delivery, Guarded, HandlerFn, Lease, Nack, Outcome, RecordState, Reject, SettleResult,
+    SettleStatus, ShareConsumer, ShareConsumerBuilder, WorkerReport, json,
 };

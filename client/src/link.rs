@@ -206,13 +206,15 @@ impl Link {
         let mut backoff = Backoff::default();
         loop {
             let result = self.ask_by(deadline, api, request, payload.clone()).await;
-            let pause = backoff.next();
-            match result {
-                Err(error) if error.retryable() && Instant::now() + pause < deadline => {
-                    tokio::time::sleep(pause).await;
-                }
+            let error = match result {
+                Err(error) if error.retryable() => error,
                 other => return other,
+            };
+            let pause = backoff.next_after(&error);
+            if Instant::now() + pause >= deadline {
+                return Err(error);
             }
+            tokio::time::sleep(pause).await;
         }
     }
 
@@ -319,5 +321,5 @@ pub(crate) fn answered(frame: Frame) -> Result<Frame> {
 
 /// The error of a reply that must not be empty.
 pub(crate) fn missing(what: &str) -> Error {
-    Error::Broker { code: ErrorCode::Internal, message: format!("the answer lacks {what}") }
+    Error::broker(ErrorCode::Internal, format!("the answer lacks {what}"))
 }

@@ -13,6 +13,9 @@ pub const PREFIX: &str = "__dlq.errors.";
 /// How often the record was redriven; kept on the redriven record, so that a loop is seen.
 pub const REDRIVE_COUNT: &str = "__dlq.errors.redrive.count";
 
+/// `topic/partition/offset` of the record that it was at first; kept on the redriven record, so that the message keeps its name.
+pub const ORIGIN: &str = "__dlq.errors.origin";
+
 /// What became of the record in the group that gave it up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeadLetterContext {
@@ -38,7 +41,8 @@ pub struct DeadLetterContext {
 /// The dead letter of `record`, as a batch of one. `topic_name` is the name of the context's topic.
 pub fn build(record: &Record, context: &DeadLetterContext, topic_name: &str) -> Result<BytesMut, BatchError> {
     let text = |name: &str, value: String| (format!("{PREFIX}{name}"), value);
-    let id = format!("{}/{topic_name}/{}/{}", context.group, context.partition, context.offset);
+    let place = format!("{topic_name}/{}/{}", context.partition, context.offset);
+    let id = format!("{}/{place}", context.group);
     let mut added = vec![
         text("topic", topic_name.to_owned()),
         text("partition", context.partition.to_string()),
@@ -54,7 +58,8 @@ pub fn build(record: &Record, context: &DeadLetterContext, topic_name: &str) -> 
         text("first.delivery.ms", context.first_delivery_ms.to_string()),
         text("last.delivery.ms", context.last_delivery_ms.to_string()),
         text("consumer", context.consumer.clone()),
-        text("redrive.count", redrive_count(record).to_string()),
+        (REDRIVE_COUNT.to_owned(), redrive_count(record).to_string()),
+        (ORIGIN.to_owned(), origin(record).unwrap_or(place)),
     ];
     if !context.detail.is_empty() {
         added.push(text("detail", context.detail.clone()));
@@ -64,19 +69,28 @@ pub fn build(record: &Record, context: &DeadLetterContext, topic_name: &str) -> 
     rebuilt(record, context.wall_ms, &headers)
 }
 
-/// The record that a redrive appends: the original, with nothing but the redrive count added.
+/// The record that a redrive appends: the original, with nothing but the redrive count and its first place added.
 pub fn redriven(letter: &Record, wall_ms: i64) -> Result<BytesMut, BatchError> {
     let count = (redrive_count(letter) + 1).to_string();
+    let origin = origin(letter);
     let mut headers = original_headers(letter);
     headers.push((REDRIVE_COUNT, Some(count.as_bytes())));
+    headers.extend(origin.as_ref().map(|origin| (ORIGIN, Some(origin.as_bytes()))));
     rebuilt(letter, wall_ms, &headers)
 }
 
 /// How often the record behind a dead letter was redriven before.
 pub fn redrive_count(record: &Record) -> u32 {
-    let header = record.headers.iter().find(|header| header.name == REDRIVE_COUNT);
-    let value = header.and_then(|header| header.value.as_deref());
-    value.and_then(|value| std::str::from_utf8(value).ok()).and_then(|value| value.parse().ok()).unwrap_or(0)
+    header_text(record, REDRIVE_COUNT).and_then(|value| value.parse().ok()).unwrap_or(0)
+}
+
+fn origin(record: &Record) -> Option<String> {
+    header_text(record, ORIGIN).map(str::to_owned)
+}
+
+fn header_text<'a>(record: &'a Record, name: &str) -> Option<&'a str> {
+    let header = record.headers.iter().find(|header| header.name == name);
+    header.and_then(|header| header.value.as_deref()).and_then(|value| std::str::from_utf8(value).ok())
 }
 
 fn original_headers(record: &Record) -> Vec<(&str, Option<&[u8]>)> {

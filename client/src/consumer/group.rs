@@ -159,6 +159,7 @@ impl Task {
                 Some(Error::Broker {
                     code: ErrorCode::NotAssigned | ErrorCode::StaleGeneration | ErrorCode::UnknownMember,
                     message,
+                    ..
                 }) => {
                     tracing::debug!(message, "a commit came too late");
                     self.heartbeat_in(Duration::ZERO);

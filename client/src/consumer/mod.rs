@@ -309,9 +309,9 @@ impl Consumer {
     }
 
     fn partition(&self, topic: &str, partition: u32) -> Result<Arc<Partition>> {
-        self.positions.find(topic, partition).ok_or_else(|| Error::Broker {
-            code: ErrorCode::NotAssigned,
-            message: format!("this consumer does not read {topic}/{partition}"),
+        self.positions.find(topic, partition).ok_or_else(|| {
+            let message = format!("this consumer does not read {topic}/{partition}");
+            Error::broker(ErrorCode::NotAssigned, message)
         })
     }
 

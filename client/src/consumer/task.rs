@@ -158,7 +158,7 @@ impl Task {
                 Ok(()) => {}
                 Err(error) if error.retryable() => {
                     tracing::debug!(%error, "consumer will try again");
-                    let pause = self.backoff.next();
+                    let pause = self.backoff.next_after(&error);
                     self.not_before = Instant::now() + pause;
                     self.heartbeat_in(pause);
                 }
@@ -339,9 +339,9 @@ impl Task {
                 return Ok(());
             }
             return Err(match (error, partition) {
-                (Some(Error::Broker { code, message }), Some(partition)) => {
+                (Some(Error::Broker { code, message, retry_after }), Some(partition)) => {
                     let message = format!("{}/{}: {message}", partition.topic, partition.key.1);
-                    Error::Broker { code, message }
+                    Error::Broker { code, message, retry_after }
                 }
                 (Some(error), _) => error,
                 (None, _) => Error::Disconnected,

@@ -265,8 +265,8 @@ impl Lane {
     }
 
     /// The broker has too much to do: [`Lane::returned`], after a pause.
-    pub(super) fn postponed(&mut self, serial: u64, now: Instant) -> usize {
-        let until = now + self.backoff.next();
+    pub(super) fn postponed(&mut self, serial: u64, error: &Error, now: Instant) -> usize {
+        let until = now + self.backoff.next_after(error);
         self.not_before = Some(self.not_before.map_or(until, |before| before.max(until)));
         self.returned(serial, false, false)
     }
@@ -282,8 +282,8 @@ impl Lane {
             return self.refused(serial, error);
         }
         // The broker lost its memory of this producer, and this batch is certainly not appended.
-        self.broken = Some(error);
-        self.postponed(serial, now)
+        self.broken = Some(error.clone());
+        self.postponed(serial, &error, now)
     }
 
     /// The batch failed for good.

@@ -172,7 +172,7 @@ impl Sender {
                     Outcome::Appended(base_offset) => lane.acknowledged(serial, base_offset),
                     Outcome::Unknown => lane.returned(serial, true, false),
                     Outcome::Isolate => lane.returned(serial, false, true),
-                    Outcome::Postponed => lane.postponed(serial, now),
+                    Outcome::Postponed(error) => lane.postponed(serial, &error, now),
                     Outcome::OutOfSequence(error) => lane.out_of_sequence(serial, error, now),
                     Outcome::Refused(error) => lane.refused(serial, error),
                 });
@@ -189,7 +189,7 @@ impl Sender {
             }
             Err(error) if error.retryable() => {
                 tracing::debug!(%error, "no producer id yet");
-                let (pause, client) = (self.init_backoff.next(), self.client.clone());
+                let (pause, client) = (self.init_backoff.next_after(&error), self.client.clone());
                 self.initializing = Some(Box::pin(async move {
                     tokio::time::sleep(pause).await;
                     init_producer(client).await
@@ -233,7 +233,7 @@ enum Outcome {
     Unknown,
     /// The request was refused for one of its batches.
     Isolate,
-    Postponed,
+    Postponed(Error),
     OutOfSequence(Error),
     Refused(Error),
 }
@@ -245,7 +245,7 @@ impl Outcome {
             Some(ErrorCode::OutOfOrderSequence | ErrorCode::UnknownProducer | ErrorCode::ProducerFenced) => {
                 Self::OutOfSequence(error)
             }
-            Some(code) if code.retryable() => Self::Postponed,
+            Some(code) if code.retryable() => Self::Postponed(error),
             _ => Self::Refused(error),
         }
     }

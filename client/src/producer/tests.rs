@@ -88,8 +88,8 @@ fn after_a_refused_batch_its_successors_go_on_under_a_new_id() {
     let mut acks: Vec<_> = (0..20).map(|number| push(&mut lane, number)).collect();
     let (.., first) = sent(lane.take(now, 5));
     let (.., second) = sent(lane.take(now, 5));
-    let too_large = Error::Broker { code: ErrorCode::RecordTooLarge, message: String::new() };
-    let gap = Error::Broker { code: ErrorCode::OutOfOrderSequence, message: String::new() };
+    let too_large = Error::broker(ErrorCode::RecordTooLarge, "");
+    let gap = Error::broker(ErrorCode::OutOfOrderSequence, "");
     // The answers may come in any order.
     lane.out_of_sequence(1, gap, now);
     lane.refused(0, too_large.clone());
@@ -125,7 +125,7 @@ fn a_broker_without_memory_gets_the_same_records_under_a_new_id() {
     lane.give_identity(id(7));
     let mut ack = push(&mut lane, 0);
     let _first = lane.take(now, 5);
-    lane.out_of_sequence(0, Error::Broker { code: ErrorCode::UnknownProducer, message: String::new() }, now);
+    lane.out_of_sequence(0, Error::broker(ErrorCode::UnknownProducer, ""), now);
     assert_eq!(ready(&mut ack), None);
     lane.give_identity(id(8));
     assert!(lane.take(now, 5).is_none(), "after a pause");
@@ -171,11 +171,11 @@ proptest! {
         let mut in_flight: Vec<(Outbound, Option<Result<u64, ErrorCode>>)> = Vec::new();
         let mut identity = 0;
         let answer = |lane: &mut Lane, outbound: Outbound, answer: Result<u64, ErrorCode>, now| {
-            let error = |code| Error::Broker { code, message: String::new() };
+            let error = |code| Error::broker(code, "");
             match answer {
                 Ok(base) => lane.acknowledged(outbound.serial, base),
                 Err(code @ ErrorCode::OutOfOrderSequence) => lane.out_of_sequence(outbound.serial, error(code), now),
-                Err(ErrorCode::Overloaded) => lane.postponed(outbound.serial, now),
+                Err(ErrorCode::Overloaded) => lane.postponed(outbound.serial, &Error::broker(ErrorCode::Overloaded, ""), now),
                 Err(code) => lane.refused(outbound.serial, error(code)),
             };
         };

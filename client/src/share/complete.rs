@@ -59,7 +59,7 @@ async fn try_complete(core: &Core, lease: &Lease, records: &[Record]) -> Result<
             }
             Err(error) if error.retryable() && Instant::now() < deadline => {
                 repeated = true;
-                backoff.wait().await;
+                backoff.wait_after(&error).await;
             }
             Err(error) => return Err(error),
         }

@@ -1,5 +1,6 @@
 //! One leased record and what can be done with it.
 
+use std::fmt::Display;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
@@ -67,6 +68,18 @@ impl Default for Nack {
 }
 
 impl Nack {
+    /// A failure of this class, retried after the group's backoff.
+    pub fn new(class: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { class: class.into(), reason: reason.into(), ..Self::default() }
+    }
+
+    /// Instead of the group's backoff.
+    #[must_use]
+    pub fn delay(mut self, delay: Duration) -> Self {
+        self.delay = Some(delay);
+        self
+    }
+
     pub(super) fn into_detail(self) -> SettlementDetail {
         SettlementDetail {
             delay_ms: self.delay.map(milliseconds),
@@ -88,6 +101,16 @@ pub struct Reject {
 }
 
 impl Reject {
+    /// A failure of this class that no retry can help.
+    pub fn new(class: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { class: class.into(), reason: reason.into(), detail: String::new() }
+    }
+
+    /// The record's content cannot be understood: class `undecodable`.
+    pub fn undecodable(why: impl Display) -> Self {
+        Self::new("undecodable", why.to_string())
+    }
+
     pub(super) fn into_detail(self) -> SettlementDetail {
         described(self.class, self.reason, self.detail)
     }
@@ -174,16 +197,16 @@ impl Delivery {
         &self.record
     }
 
-    /// Whether the lease is known to have ended, or to be settled: what is still done for this record may be done by another
-    /// member as well.
+    /// Whether the lease is known to have ended (the broker said so, or its time is over), or to be settled: what is still
+    /// done for this record may be done by another member as well.
     pub fn lease_is_lost(&self) -> bool {
         !self.settler.core.leases.is_held(&self.lease)
     }
 
-    /// Returns when [`Delivery::lease_is_lost`]; within [`ShareConsumer::run`](crate::ShareConsumer::run), where leases are
-    /// extended, that is what a long handler may watch to stop in time. Cancellation safe.
+    /// Returns when [`Delivery::lease_is_lost`]: what work that cannot be cancelled from outside watches to stop in time. A
+    /// worker drops a handler then anyway. Cancellation safe.
     pub async fn lease_lost(&self) {
-        self.settler.core.leases.gone(&self.lease).await;
+        self.settler.core.leases.lost(&self.lease).cancelled().await;
     }
 
     fn settle(&mut self, outcome: Outcome, detail: Option<SettlementDetail>) -> Waiting {

@@ -1,8 +1,10 @@
 //! What this member holds, and the credit that follows from it.
 //!
 //! A record counts against the prefetch from its push until it is settled, wherever it is: queued, in a handler, or in a
-//! settlement on its way. Its credit goes to the subscription that is open then; what is let go while one is being opened is
-//! owed to it, and given once the broker knows it.
+//! settlement on its way. The credit to give is what is wanted, less what is held and what the open subscription has left; what
+//! is let go while one is being opened is given once the broker knows it.
+//!
+//! A lease whose time is over is held no longer, whether or not the broker could say so: work for it has to stop.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -10,7 +12,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use felucca_protocol::message;
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 use super::delivery::Lease;
 
@@ -23,29 +25,68 @@ struct Held {
     bytes: u32,
     /// As granted.
     duration: Duration,
+    /// The lease is over then, as far as this member knows.
+    deadline: Instant,
     extend_at: Instant,
     /// To be extended by itself: queued here, or in a worker's handler.
     keep: bool,
     /// A settlement is on its way.
     settling: bool,
+    /// Cancelled when the lease is held no longer; made for the first who asks.
+    lost: Option<CancellationToken>,
+}
+
+impl Held {
+    fn lose(self) {
+        if let Some(lost) = self.lost {
+            lost.cancel();
+        }
+    }
+}
+
+/// Records and bytes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Amount {
+    records: i64,
+    bytes: i64,
 }
 
 #[derive(Debug, Default)]
 struct State {
     held: HashMap<Key, Held>,
+    held_bytes: i64,
     /// 0 while none is open.
     subscription: u64,
-    owed_records: u32,
-    owed_bytes: u32,
-    /// Nothing more is wanted.
+    /// What the member wants to hold, in work and queued.
+    wanted: Amount,
+    /// What is left of the subscription's credit; below zero when a large record took more than there was.
+    left: Amount,
+    /// Nothing more is wanted, ever.
     draining: bool,
 }
 
-#[derive(Debug, Default)]
+/// What follows from another number of wanted records.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Change {
+    /// The open subscription gets this.
+    Credit(Option<message::Credit>),
+    /// The open subscription has more credit than it should: only another one can have less.
+    Resubscribe,
+}
+
+/// What a moment brings.
+#[derive(Debug)]
+pub(super) struct Due {
+    pub(super) extend: Vec<Lease>,
+    /// For the leases that ended.
+    pub(super) credit: Option<message::Credit>,
+    /// When the next lease ends.
+    pub(super) next_end: Option<Instant>,
+}
+
+#[derive(Debug)]
 pub(super) struct Leases {
     state: Mutex<State>,
-    /// Something was let go.
-    changed: Notify,
 }
 
 fn key(lease: &Lease) -> Key {
@@ -53,16 +94,33 @@ fn key(lease: &Lease) -> Key {
 }
 
 impl Leases {
+    /// Of a member that wants to hold so much.
+    pub(super) fn new(records: u32, bytes: u32) -> Self {
+        let wanted = Amount { records: records.into(), bytes: bytes.into() };
+        Self { state: Mutex::new(State { wanted, ..State::default() }) }
+    }
+
     /// Takes a record in. One that came again, after an older lease of it ran out, has taken credit twice and is settled
     /// once: answers the credit that the open subscription gets for the older lease.
     pub(super) fn hold(&self, lease: &Lease, bytes: u32, duration: Duration) -> Option<message::Credit> {
-        let extend_at = Instant::now() + duration / 2;
-        let held = Held { lease: lease.clone(), bytes, duration, extend_at, keep: true, settling: false };
+        let now = Instant::now();
+        let held = Held {
+            lease: lease.clone(),
+            bytes,
+            duration,
+            deadline: now + duration,
+            extend_at: now + duration / 2,
+            keep: true,
+            settling: false,
+            lost: None,
+        };
         let mut state = self.state.lock();
+        state.left.records -= 1;
+        state.left.bytes -= i64::from(bytes);
+        state.held_bytes += i64::from(bytes);
         let older = state.held.insert(key(lease), held)?;
-        self.changed.notify_waiters();
-        state.owed_records = state.owed_records.saturating_add(1);
-        state.owed_bytes = state.owed_bytes.saturating_add(older.bytes);
+        state.held_bytes -= i64::from(older.bytes);
+        older.lose();
         state.credit()
     }
 
@@ -70,14 +128,18 @@ impl Leases {
         self.state.lock().held.get(&key(lease)).is_some_and(|held| held.lease == *lease)
     }
 
-    /// Returns once the lease is held no longer.
-    pub(super) async fn gone(&self, lease: &Lease) {
-        loop {
-            let changed = self.changed.notified();
-            if !self.is_held(lease) {
-                return;
+    /// Is cancelled once the lease is held no longer.
+    pub(super) fn lost(&self, lease: &Lease) -> CancellationToken {
+        let mut state = self.state.lock();
+        match state.held.get_mut(&key(lease)) {
+            Some(held) if held.lease == *lease => {
+                held.lost.get_or_insert_with(CancellationToken::new).clone()
             }
-            changed.await;
+            _ => {
+                let lost = CancellationToken::new();
+                lost.cancel();
+                lost
+            }
         }
     }
 
@@ -101,16 +163,13 @@ impl Leases {
     // ---- Credit ----
 
     /// A subscription is about to be opened: what to ask for, and what is held already.
-    pub(super) fn open(&self, records: u32, bytes: u32) -> (u32, u32, Vec<message::LeaseRef>) {
+    pub(super) fn open(&self) -> (u32, u32, Vec<message::LeaseRef>) {
         let mut state = self.state.lock();
-        (state.subscription, state.owed_records, state.owed_bytes) = (0, 0, 0);
+        state.subscription = 0;
         let held = state.held.values().map(|held| held.lease.to_message()).collect();
-        if state.draining {
-            return (0, 0, held);
-        }
-        let held_records = u32::try_from(state.held.len()).unwrap_or(u32::MAX);
-        let held_bytes = state.held.values().map(|held| held.bytes).fold(0_u32, u32::saturating_add);
-        (records.saturating_sub(held_records), bytes.saturating_sub(held_bytes), held)
+        let missing = state.missing();
+        state.left = Amount { records: missing.records.max(0), bytes: missing.bytes.max(0) };
+        (unsigned(state.left.records), unsigned(state.left.bytes), held)
     }
 
     /// The broker knows the subscription; answers what it is owed.
@@ -127,55 +186,106 @@ impl Leases {
 
     /// Nothing more is wanted: no credit is given any more.
     pub(super) fn drain(&self) {
-        self.state.lock().draining = true;
+        let mut state = self.state.lock();
+        state.draining = true;
+        state.wanted = Amount::default();
+    }
+
+    /// Wants to hold so many records from now on.
+    pub(super) fn want(&self, records: u32) -> Change {
+        let mut state = self.state.lock();
+        if state.draining {
+            return Change::Credit(None);
+        }
+        state.wanted.records = records.into();
+        if state.subscription != 0 && state.left.records > state.missing().records.max(0) {
+            return Change::Resubscribe;
+        }
+        Change::Credit(state.credit())
     }
 
     /// Gives up records; answers the credit that the open subscription gets for them.
     pub(super) fn let_go<'a>(&self, leases: impl IntoIterator<Item = &'a Lease>) -> Option<message::Credit> {
-        let credit = {
-            let mut state = self.state.lock();
-            for lease in leases {
-                let key = key(lease);
-                if state.held.get(&key).is_some_and(|held| held.lease == *lease)
-                    && let Some(held) = state.held.remove(&key)
-                {
-                    state.owed_records = state.owed_records.saturating_add(1);
-                    state.owed_bytes = state.owed_bytes.saturating_add(held.bytes);
-                }
+        let mut state = self.state.lock();
+        for lease in leases {
+            let key = key(lease);
+            if state.held.get(&key).is_some_and(|held| held.lease == *lease) {
+                state.remove(&key);
             }
-            state.credit()
-        };
-        self.changed.notify_waiters();
-        credit
+        }
+        state.credit()
     }
 
-    // ---- Extension ----
+    // ---- Time ----
 
-    /// The leases that have half of their time left or less and are to be kept. Each is named again after an eighth.
-    pub(super) fn due(&self, now: Instant) -> Vec<Lease> {
+    /// Ends the leases whose time is over, and names those to extend: the ones to be kept that have half of their time left or
+    /// less, each again after an eighth.
+    pub(super) fn due(&self, now: Instant) -> Due {
         let mut state = self.state.lock();
-        let due = state.held.values_mut().filter(|held| held.keep && !held.settling && held.extend_at <= now);
-        due.map(|held| {
-            held.extend_at = now + held.duration / 8;
-            held.lease.clone()
-        })
-        .collect()
+        let over = |held: &Held| !held.settling && held.deadline <= now;
+        let over: Vec<Key> =
+            state.held.iter().filter(|(_, held)| over(held)).map(|(key, _)| key.clone()).collect();
+        for key in over {
+            state.remove(&key);
+        }
+        let mut due = Due { extend: Vec::new(), credit: state.credit(), next_end: None };
+        for held in state.held.values_mut().filter(|held| !held.settling) {
+            due.next_end = Some(due.next_end.map_or(held.deadline, |next| next.min(held.deadline)));
+            if held.keep && held.extend_at <= now {
+                held.extend_at = now + held.duration / 8;
+                due.extend.push(held.lease.clone());
+            }
+        }
+        due
     }
 
     pub(super) fn extended(&self, lease: &Lease, remaining: Duration) {
-        self.change(lease, |held| held.extend_at = Instant::now() + remaining / 2);
+        let now = Instant::now();
+        self.change(lease, |held| {
+            held.deadline = now + remaining;
+            held.extend_at = now + remaining / 2;
+        });
     }
 }
 
 impl State {
+    fn remove(&mut self, key: &Key) {
+        if let Some(held) = self.held.remove(key) {
+            self.held_bytes -= i64::from(held.bytes);
+            held.lose();
+        }
+    }
+
+    /// What is wanted and not held; below zero when more is held.
+    fn missing(&self) -> Amount {
+        let held = i64::try_from(self.held.len()).unwrap_or(i64::MAX);
+        Amount { records: self.wanted.records - held, bytes: self.wanted.bytes - self.held_bytes }
+    }
+
+    /// What the open subscription gets on top of what it has left.
     fn credit(&mut self) -> Option<message::Credit> {
-        if self.subscription == 0 || self.draining || (self.owed_records == 0 && self.owed_bytes == 0) {
+        if self.subscription == 0 {
             return None;
         }
-        let (subscription, records, bytes) = (self.subscription, self.owed_records, self.owed_bytes);
-        (self.owed_records, self.owed_bytes) = (0, 0);
-        Some(message::Credit { subscription, records, bytes })
+        let missing = self.missing();
+        let records = (missing.records - self.left.records).max(0);
+        let bytes = (missing.bytes - self.left.bytes).max(0);
+        if records == 0 && bytes == 0 {
+            return None;
+        }
+        self.left.records += records;
+        self.left.bytes += bytes;
+        Some(message::Credit {
+            subscription: self.subscription,
+            records: unsigned(records),
+            bytes: unsigned(bytes),
+        })
     }
+}
+
+/// Amounts that are wanted or held fit; what does not is as good as without limit.
+fn unsigned(amount: i64) -> u32 {
+    u32::try_from(amount).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]
@@ -190,11 +300,11 @@ mod tests {
 
     #[test]
     fn what_is_let_go_while_a_subscription_is_opened_is_owed_to_it() {
-        let leases = Leases::default();
+        let leases = Leases::new(10, 1000);
         for offset in 0..3 {
             leases.hold(&lease(offset, offset), 100, TIME);
         }
-        let (records, bytes, held) = leases.open(10, 1000);
+        let (records, bytes, held) = leases.open();
         assert_eq!((records, bytes, held.len()), (7, 700, 3));
         assert_eq!(leases.let_go([&lease(0, 0)]), None);
         let owed = message::Credit { subscription: 9, records: 1, bytes: 100 };
@@ -204,7 +314,7 @@ mod tests {
 
     #[test]
     fn an_old_lease_does_not_end_a_later_one_on_the_same_record() {
-        let leases = Leases::default();
+        let leases = Leases::new(10, 1000);
         leases.hold(&lease(5, 1), 10, TIME);
         leases.hold(&lease(5, 2), 10, TIME);
         leases.let_go([&lease(5, 1)]);
@@ -214,8 +324,8 @@ mod tests {
 
     #[test]
     fn a_record_that_comes_again_costs_no_credit_for_its_older_lease() {
-        let leases = Leases::default();
-        leases.open(10, 1000);
+        let leases = Leases::new(10, 1000);
+        leases.open();
         leases.opened(9);
         assert_eq!(leases.hold(&lease(5, 1), 10, TIME), None);
         let owed = message::Credit { subscription: 9, records: 1, bytes: 10 };
@@ -226,25 +336,62 @@ mod tests {
 
     #[test]
     fn leases_are_extended_at_half_time_unless_handed_out_or_being_settled() {
-        let leases = Leases::default();
+        let leases = Leases::new(10, 1000);
         for offset in 0..3 {
             leases.hold(&lease(offset, offset), 1, TIME);
         }
         leases.hand_out(&lease(0, 0));
         leases.set_settling(&lease(1, 1), true);
-        assert!(leases.due(Instant::now()).is_empty());
+        assert!(leases.due(Instant::now()).extend.is_empty());
         let later = Instant::now() + TIME / 2;
-        assert_eq!(leases.due(later), [lease(2, 2)]);
-        assert!(leases.due(later).is_empty());
-        assert_eq!(leases.due(later + TIME / 4), [lease(2, 2)]);
+        assert_eq!(leases.due(later).extend, [lease(2, 2)]);
+        assert!(leases.due(later).extend.is_empty());
+        assert_eq!(leases.due(later + TIME / 4).extend, [lease(2, 2)]);
+    }
+
+    #[test]
+    fn a_lease_ends_in_time_unless_it_is_extended_or_being_settled() {
+        let leases = Leases::new(10, 1000);
+        leases.open();
+        leases.opened(9);
+        for offset in 0..3 {
+            leases.hold(&lease(offset, offset), 1, TIME);
+        }
+        let lost = [0, 1, 2].map(|offset| leases.lost(&lease(offset, offset)));
+        leases.set_settling(&lease(1, 1), true);
+        leases.extended(&lease(2, 2), TIME * 2);
+        let due = leases.due(Instant::now() + TIME);
+        assert_eq!(due.credit.map(|credit| credit.records), Some(1));
+        assert!(due.next_end.is_some_and(|next| next > Instant::now() + TIME));
+        assert_eq!(lost.each_ref().map(CancellationToken::is_cancelled), [true, false, false]);
+        assert!(leases.lost(&lease(0, 0)).is_cancelled());
+        assert_eq!(leases.let_go([&lease(0, 0)]), None, "given already");
+        assert_eq!(leases.let_go([&lease(1, 1)]).map(|credit| credit.records), Some(1));
+        assert!(lost[1].is_cancelled());
+    }
+
+    #[test]
+    fn a_member_that_wants_less_asks_anew_and_one_that_wants_more_gives_credit() {
+        let leases = Leases::new(10, 1000);
+        leases.open();
+        leases.opened(9);
+        leases.hold(&lease(0, 0), 10, TIME);
+        assert_eq!(leases.want(0), Change::Resubscribe);
+        leases.closed();
+        assert_eq!((leases.open().0, leases.opened(10)), (0, None));
+        assert_eq!(leases.want(1), Change::Credit(None), "it holds that one");
+        let one = message::Credit { subscription: 10, records: 1, bytes: 10 };
+        assert_eq!(leases.let_go([&lease(0, 0)]), Some(one));
+        let more = message::Credit { subscription: 10, records: 9, bytes: 0 };
+        assert_eq!(leases.want(10), Change::Credit(Some(more)));
     }
 
     #[test]
     fn a_member_that_drains_asks_for_nothing() {
-        let leases = Leases::default();
+        let leases = Leases::new(10, 1000);
         leases.hold(&lease(0, 0), 10, TIME);
         leases.drain();
-        let (records, bytes, held) = leases.open(10, 1000);
+        let (records, bytes, held) = leases.open();
         assert_eq!((records, bytes, held.len()), (0, 0, 1));
         assert_eq!(leases.opened(4), None);
         assert_eq!(leases.let_go([&lease(0, 0)]), None);

@@ -3,11 +3,15 @@
 //! [`task`] keeps the subscription over reconnects, turns pushes into [`Delivery`] values and extends leases; [`leases`]
 //! knows what is held and what credit follows; [`settler`] gathers settlements while one request is in flight and repeats
 //! them over reconnects, so that each record has its own outcome; [`complete`] acknowledges with outputs; [`worker`] runs a
-//! handler with bounded concurrency.
+//! handler with bounded concurrency: a closure or a tower service ([`handler`]), which answers an [`outcome`]; [`breaker`] is a
+//! layer around it that keeps records away while what it depends on is down.
 
+mod breaker;
 mod complete;
 mod delivery;
+mod handler;
 mod leases;
+mod outcome;
 mod settler;
 mod task;
 mod worker;
@@ -24,10 +28,13 @@ use tokio::task::JoinHandle;
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::producer::Level;
+pub use breaker::{Breaker, Guarded};
 pub use delivery::{Delivery, Lease, Nack, Reject, SettleResult};
+pub use handler::{HandlerFn, json};
+pub use outcome::Outcome;
 use settler::Settler;
 use task::Task;
-pub use worker::{Outcome, WorkerReport};
+pub use worker::WorkerReport;
 
 pub use felucca_protocol::message::{RecordState, SettleStatus};
 
@@ -45,6 +52,7 @@ struct Settings {
     concurrency: usize,
     prefetch: u32,
     prefetch_bytes: u32,
+    handler_timeout: Option<Duration>,
     drain_timeout: Duration,
     level: Level,
 }
@@ -57,6 +65,7 @@ impl ShareConsumerBuilder {
             concurrency: 16,
             prefetch: 64,
             prefetch_bytes: 8 << 20,
+            handler_timeout: None,
             drain_timeout: Duration::from_secs(30),
             level: Level::Synced,
         };
@@ -100,6 +109,14 @@ impl ShareConsumerBuilder {
         self
     }
 
+    /// How long a handler may take for its record or batch: it is dropped then, and the outcome is a nack of class `timeout`.
+    /// Default: as long as the lease can be extended.
+    #[must_use]
+    pub fn handler_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.handler_timeout = Some(timeout);
+        self
+    }
+
     /// How long `run` waits for running handlers after the shutdown signal; default 30 s.
     #[must_use]
     pub fn drain_timeout(mut self, timeout: Duration) -> Self {
@@ -114,11 +131,10 @@ impl ShareConsumerBuilder {
     pub async fn build(mut self) -> Result<ShareConsumer> {
         let concurrency = u32::try_from(self.settings.concurrency).unwrap_or(u32::MAX);
         self.settings.prefetch = self.settings.prefetch.max(concurrency);
-        let (group, member_id) = (self.settings.group.clone(), self.settings.member_id.clone());
-        let settler = Settler::start(self.client, group, member_id, self.settings.level);
+        let settler = Settler::start(self.client, &self.settings);
         // Bounded by the prefetch.
         let (sender, deliveries) = mpsc::unbounded_channel();
-        let mut task = Task::new(&settler, self.settings.clone(), sender);
+        let mut task = Task::new(&settler, sender);
         task.subscribe().await?;
         let task = tokio::spawn(task.run());
         Ok(ShareConsumer { settings: self.settings, settler, deliveries, task })
@@ -162,9 +178,15 @@ impl ShareConsumer {
     /// # Errors
     /// The group was deleted, or the broker refuses this member; not for lost connections, which are resumed.
     pub async fn next(&mut self) -> Result<Delivery> {
-        let delivery = self.deliveries.recv().await.unwrap_or(Err(Error::Closed))?;
-        self.settler.core.leases.hand_out(&delivery.lease);
-        Ok(delivery)
+        loop {
+            let mut delivery = self.deliveries.recv().await.unwrap_or(Err(Error::Closed))?;
+            if !delivery.lease_is_lost() {
+                self.settler.core.leases.hand_out(&delivery.lease);
+                return Ok(delivery);
+            }
+            // Its time was over before its turn came.
+            delivery.settled = true;
+        }
     }
 
     /// This member's name in the group.

@@ -12,12 +12,13 @@ use std::time::Duration;
 use felucca_protocol::Api;
 use felucca_protocol::message::{self, Outcome, SettleStatus, Settlement, SettlementDetail};
 use prost::Message;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use super::Settings;
 use super::delivery::{Lease, SettleResult};
-use super::leases::Leases;
+use super::leases::{Change, Leases};
 use crate::backoff::Backoff;
 use crate::client::Client;
 use crate::error::{Error, Result};
@@ -66,6 +67,8 @@ pub(super) struct Core {
     pub(super) member_id: String,
     level: Level,
     pub(super) leases: Leases,
+    /// The member wants fewer records than the open subscription has credit for.
+    pub(super) shrunk: Notify,
     /// Nobody can settle any more, and all settlements are answered.
     pub(super) ended: CancellationToken,
 }
@@ -75,6 +78,28 @@ impl Core {
     pub(super) fn let_go<'a>(&self, leases: impl IntoIterator<Item = &'a Lease>) {
         if let Some(credit) = self.leases.let_go(leases) {
             self.client.link.tell(Api::Credit, &credit);
+        }
+    }
+
+    /// Wants to hold so many records from now on.
+    pub(super) fn want(&self, records: u32) {
+        match self.leases.want(records) {
+            Change::Credit(Some(credit)) => self.client.link.tell(Api::Credit, &credit),
+            Change::Credit(None) => {}
+            Change::Resubscribe => self.shrunk.notify_one(),
+        }
+    }
+
+    /// Takes in what the broker said to an extension.
+    fn extended(&self, lease: &Lease, result: &Result<SettleResult>) {
+        match result {
+            Ok(result) if result.is_done() => self.leases.extended(lease, result.remaining),
+            Ok(result) => {
+                let (group, partition, offset) = (&self.group, lease.partition, lease.offset);
+                tracing::debug!(group, partition, offset, status = ?result.status, "a lease has ended");
+                self.let_go([lease]);
+            }
+            Err(error) => tracing::debug!(group = self.group, %error, "a lease could not be extended"),
         }
     }
 }
@@ -88,10 +113,13 @@ pub(super) struct Settler {
 }
 
 impl Settler {
-    pub(super) fn start(client: Client, group: String, member_id: String, level: Level) -> Arc<Self> {
+    pub(super) fn start(client: Client, settings: &Settings) -> Arc<Self> {
         let (queue, queued) = mpsc::unbounded_channel();
-        let (leases, ended) = (Leases::default(), CancellationToken::new());
-        let core = Arc::new(Core { client, group, member_id, level, leases, ended });
+        let leases = Leases::new(settings.prefetch, settings.prefetch_bytes);
+        let (group, member_id) = (settings.group.clone(), settings.member_id.clone());
+        let level = settings.level;
+        let (shrunk, ended) = (Notify::new(), CancellationToken::new());
+        let core = Arc::new(Core { client, group, member_id, level, leases, shrunk, ended });
         tokio::spawn(run(core.clone(), queued));
         Arc::new(Self { core, queue })
     }
@@ -194,21 +222,12 @@ fn request(core: &Core, batch: &mut [Queued]) -> message::Settle {
 }
 
 fn answer(core: &Core, queued: Queued, result: Result<SettleResult>) {
-    match queued.answer {
-        Answer::Caller(caller) => {
-            // Nobody waits for a release by drop.
-            let _gone = caller.send(result);
-        }
-        Answer::Keeper => match result {
-            Ok(result) if result.is_done() => core.leases.extended(&queued.lease, result.remaining),
-            Ok(result) => {
-                let (offset, partition, status) =
-                    (queued.lease.offset, queued.lease.partition, result.status);
-                tracing::debug!(group = core.group, partition, offset, ?status, "a lease has ended");
-                core.let_go([&queued.lease]);
-            }
-            Err(error) => tracing::debug!(group = core.group, %error, "a lease could not be extended"),
-        },
+    if queued.outcome == Outcome::Extend {
+        core.extended(&queued.lease, &result);
+    }
+    if let Answer::Caller(caller) = queued.answer {
+        // Nobody waits for a release by drop.
+        let _gone = caller.send(result);
     }
 }
 
@@ -221,7 +240,7 @@ async fn send(client: &Client, request: &message::Settle) -> Result<(message::Se
                 Ok((reply, _)) => return Ok((reply, repeated)),
                 Err(error) if error.retryable() => {
                     repeated = true;
-                    backoff.wait().await;
+                    backoff.wait_after(&error).await;
                 }
                 Err(error) => return Err(error),
             }

@@ -13,7 +13,6 @@ use felucca_protocol::{Api, ErrorCode, message};
 use tokio::sync::mpsc;
 use tokio::time::{sleep_until, timeout};
 
-use super::Settings;
 use super::delivery::{Delivery, Lease};
 use super::settler::{Core, Settler};
 use crate::backoff::Backoff;
@@ -31,7 +30,6 @@ pub(super) struct Task {
     core: Arc<Core>,
     /// Alive as long as anybody can settle.
     settler: Weak<Settler>,
-    settings: Settings,
     deliveries: mpsc::UnboundedSender<Result<Delivery>>,
     subscription: Option<(u64, mpsc::UnboundedReceiver<Frame>)>,
     /// The connection that the subscription was opened on.
@@ -43,15 +41,10 @@ pub(super) struct Task {
 }
 
 impl Task {
-    pub(super) fn new(
-        settler: &Arc<Settler>,
-        settings: Settings,
-        deliveries: mpsc::UnboundedSender<Result<Delivery>>,
-    ) -> Self {
+    pub(super) fn new(settler: &Arc<Settler>, deliveries: mpsc::UnboundedSender<Result<Delivery>>) -> Self {
         Self {
             core: settler.core.clone(),
             settler: Arc::downgrade(settler),
-            settings,
             deliveries,
             subscription: None,
             session: None,
@@ -68,8 +61,7 @@ impl Task {
         let link = &self.core.client.link;
         let session = link.connected(link.request_timeout()).await?;
         let (subscription, pushes) = link.open_subscription();
-        let (credit_records, credit_bytes, held) =
-            self.core.leases.open(self.settings.prefetch, self.settings.prefetch_bytes);
+        let (credit_records, credit_bytes, held) = self.core.leases.open();
         let request = message::ShareSubscribe {
             subscription,
             group: self.core.group.clone(),
@@ -130,8 +122,13 @@ impl Task {
                 },
                 () = sleep_until(resume_at.into()) => self.subscribe().await,
                 () = sleep_until(tick_at.into()) => {
-                    self.extend();
-                    tick_at = Instant::now() + self.tick;
+                    tick_at = self.look_at_leases();
+                    Ok(())
+                }
+                () = self.core.shrunk.notified() => {
+                    // One with less credit is opened at once.
+                    self.unsubscribe();
+                    self.not_before = Instant::now();
                     Ok(())
                 }
                 push = next_push(&mut self.subscription) => match push {
@@ -148,7 +145,7 @@ impl Task {
                 Err(error) if error.retryable() => {
                     tracing::debug!(group = self.core.group, %error, "share subscription will be opened again");
                     self.unsubscribe();
-                    self.not_before = Instant::now() + self.backoff.next();
+                    self.not_before = Instant::now() + self.backoff.next_after(&error);
                 }
                 Err(error) => {
                     self.unsubscribe();
@@ -193,11 +190,17 @@ impl Task {
         }
     }
 
-    fn extend(&self) {
-        let Some(settler) = self.settler.upgrade() else { return };
-        for lease in self.core.leases.due(Instant::now()) {
-            settler.keep(lease);
+    /// Ends and extends leases; answers when to look again.
+    fn look_at_leases(&self) -> Instant {
+        let now = Instant::now();
+        let due = self.core.leases.due(now);
+        if let Some(credit) = due.credit {
+            self.core.client.link.tell(Api::Credit, &credit);
         }
+        if let Some(settler) = self.settler.upgrade() {
+            due.extend.into_iter().for_each(|lease| settler.keep(lease));
+        }
+        due.next_end.map_or(now + self.tick, |end| end.min(now + self.tick))
     }
 
     async fn pushed(&mut self, push: Frame) -> Result<()> {

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use felucca_protocol::{Api, ErrorCode, message};
 use tokio::sync::Notify;
 
-use super::{Delivery, Nack, Outcome, SettleStatus, ShareConsumer, ShareConsumerBuilder};
+use super::{Breaker, Delivery, Nack, Outcome, SettleStatus, ShareConsumer, ShareConsumerBuilder, json};
 use crate::record::Record;
 use crate::testing::{Asked, FakeBroker, FakeConnection, QUIET, numbered, soon, topic_id};
 
@@ -421,4 +421,224 @@ async fn completing_sends_outputs_to_the_partitions_of_their_keys_and_is_repeate
     let result = Some(message::SettleResult { status, ..Default::default() });
     connection.reply(&again, &message::CompleteReply { result, base_offsets: Vec::new() }).await;
     assert!(soon(completing).await.unwrap().unwrap().is_done());
+}
+
+/// Answers extensions and subscriptions until the next settlement of another kind, which is answered with `OK`.
+async fn next_settled(connection: &mut FakeConnection) -> (Settled, Vec<message::SettlementDetail>) {
+    loop {
+        let frame = connection.request().await.expect("a request");
+        let (api, correlation, payload) =
+            (Api::try_from(frame.api).unwrap(), frame.correlation, Bytes::new());
+        match api {
+            Api::Settle => {
+                let asked = Asked { api, correlation, message: frame.decode_message().unwrap(), payload };
+                let settled = settled(&asked.message);
+                let details = asked.message.batches.iter().flat_map(|batch| &batch.settlements);
+                let details =
+                    details.map(|settlement| settlement.detail.clone().unwrap_or_default()).collect();
+                connection.reply(&asked, &statuses(&vec![SettleStatus::Ok; settled.len()])).await;
+                if settled.iter().any(|(_, outcome)| *outcome != message::Outcome::Extend) {
+                    return (settled, details);
+                }
+            }
+            _ if correlation == 0 => {}
+            _ => {
+                connection.reply(&Asked { api, correlation, message: (), payload }, &message::Empty {}).await;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_handler_that_takes_too_long_is_dropped_and_its_record_nacked() {
+    let broker = FakeBroker::start().await;
+    let (client, mut connection) = broker.client().await;
+    let builder = client.share_consumer("g").handler_timeout(Duration::from_millis(50));
+    let (member, subscription) = joined(&mut connection, builder).await;
+    lease(&mut connection, subscription, 0..1, LEASE_MS).await;
+    connection.metadata("t", 1).await;
+    let held = Arc::new(());
+    let probe = held.clone();
+    let handler = move |_: Delivery| {
+        let held = held.clone();
+        async move {
+            std::future::pending::<()>().await;
+            drop(held);
+        }
+    };
+    let running = tokio::spawn(member.run(handler, std::future::pending()));
+    let (settlements, details) = soon(next_settled(&mut connection)).await;
+    assert_eq!(settlements, [(0, message::Outcome::Nack)]);
+    assert_eq!((&*details[0].class, details[0].not_counted), ("timeout", false));
+    assert_eq!(Arc::strong_count(&probe), 2, "the handler's future is gone");
+    running.abort();
+}
+
+#[tokio::test]
+async fn at_the_end_of_its_lease_a_handler_is_dropped_although_the_broker_is_gone() {
+    let broker = FakeBroker::start().await;
+    let (client, mut connection) = broker.client().await;
+    let (member, subscription) = joined(&mut connection, client.share_consumer("g")).await;
+    lease(&mut connection, subscription, 0..1, 300).await;
+    connection.metadata("t", 1).await;
+    let (began, dropped) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let (begun, end) = (began.clone(), dropped.clone());
+    struct Told(Arc<Notify>);
+    impl Drop for Told {
+        fn drop(&mut self) {
+            self.0.notify_one();
+        }
+    }
+    let handler = move |_: Delivery| {
+        let told = Told(dropped.clone());
+        began.notify_one();
+        async move {
+            std::future::pending::<()>().await;
+            drop(told);
+        }
+    };
+    let running = tokio::spawn(member.run(handler, std::future::pending()));
+    soon(begun.notified()).await;
+    let since = std::time::Instant::now();
+    drop(connection);
+    soon(end.notified()).await;
+    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+    let mut connection = broker.accept().await;
+    let subscribed = loop {
+        let frame = soon(connection.request()).await.unwrap();
+        if frame.api == u8::from(Api::ShareSubscribe) {
+            break frame.decode_message::<message::ShareSubscribe>().unwrap();
+        }
+    };
+    assert_eq!(subscribed.held.len(), 0, "nobody works on it any more");
+    running.abort();
+}
+
+#[tokio::test]
+async fn a_value_that_cannot_be_decoded_is_rejected_and_others_are_handed_over_decoded() {
+    let broker = FakeBroker::start().await;
+    let (client, mut connection) = broker.client().await;
+    let (member, subscription) = joined(&mut connection, client.share_consumer("g")).await;
+    lease(&mut connection, subscription, 0..2, LEASE_MS).await;
+    connection.metadata("t", 1).await;
+    // Values are their offsets; only 1 is a number above zero.
+    let handler = json(|number: std::num::NonZeroU8, delivery: Delivery| async move {
+        assert_eq!(u64::from(number.get()), delivery.offset);
+    });
+    let running = tokio::spawn(member.run(handler, std::future::pending()));
+    let mut all = Vec::new();
+    while all.len() < 2 {
+        let (settlements, details) = soon(next_settled(&mut connection)).await;
+        all.extend(settlements.into_iter().zip(details.into_iter().map(|detail| detail.class)));
+    }
+    all.sort();
+    let reject = ((0, message::Outcome::Reject), "undecodable".to_owned());
+    assert_eq!(all, [reject, ((1, message::Outcome::Ack), String::new())]);
+    running.abort();
+}
+
+#[tokio::test]
+async fn a_batch_is_gathered_and_each_of_its_records_has_its_own_outcome() {
+    let broker = FakeBroker::start().await;
+    let (client, mut connection) = broker.client().await;
+    let (member, subscription) = joined(&mut connection, client.share_consumer("g")).await;
+    lease(&mut connection, subscription, 0..5, LEASE_MS).await;
+    connection.metadata("t", 1).await;
+    let handler = |batch: Vec<Delivery>| async move {
+        match batch.len() {
+            // One outcome less than records.
+            3 => vec![Outcome::Ack, Outcome::reject("bad", "by nature")],
+            2 => panic!("both"),
+            other => panic!("{other} records"),
+        }
+    };
+    let linger = Duration::from_millis(50);
+    let running = tokio::spawn(member.run_batches(3, linger, handler, std::future::pending()));
+    let mut all = Vec::new();
+    while all.len() < 5 {
+        let (settlements, details) = soon(next_settled(&mut connection)).await;
+        all.extend(settlements.into_iter().zip(details.into_iter().map(|detail| detail.class)));
+    }
+    all.sort();
+    let nack = message::Outcome::Nack;
+    let expected = [
+        ((0, message::Outcome::Ack), ""),
+        ((1, message::Outcome::Reject), "bad"),
+        ((2, nack), "no-outcome"),
+        ((3, nack), "panic"),
+        ((4, nack), "panic"),
+    ];
+    let all: Vec<_> = all.iter().map(|(settled, class)| (*settled, class.as_str())).collect();
+    assert_eq!(all, expected);
+    running.abort();
+}
+
+#[tokio::test]
+async fn while_the_handlers_dependency_is_down_the_subscription_pauses_and_then_begins_with_one_record() {
+    let broker = FakeBroker::start().await;
+    let (client, mut connection) = broker.client().await;
+    let builder = client.share_consumer("g").concurrency(1).prefetch(8);
+    let (member, subscription) = joined(&mut connection, builder).await;
+    lease(&mut connection, subscription, 0..4, LEASE_MS).await;
+    connection.metadata("t", 1).await;
+    let calls = AtomicUsize::new(0);
+    let handler = move |_: Delivery| {
+        let down = calls.fetch_add(1, Ordering::Relaxed) < 2;
+        async move { if down { Err(Nack::new("down", "no answer")) } else { Ok(()) } }
+    };
+    let breaker = Breaker::new(2).pause(Duration::from_millis(600), Duration::from_secs(1));
+    let running = tokio::spawn(member.serve(breaker.guard(handler), std::future::pending()));
+    let (mut settlements, mut credits) = (Vec::new(), Vec::new());
+    // Two fail, two are released; a subscription without credit; then credit for one.
+    let mut open = subscription;
+    let trial = loop {
+        let frame = soon(connection.request()).await.expect("a request");
+        let (api, correlation, payload) =
+            (Api::try_from(frame.api).unwrap(), frame.correlation, Bytes::new());
+        match api {
+            Api::Settle => {
+                let asked = Asked { api, correlation, message: frame.decode_message().unwrap(), payload };
+                let settled = settled(&asked.message);
+                connection.reply(&asked, &statuses(&vec![SettleStatus::Ok; settled.len()])).await;
+                settlements.extend(settled);
+            }
+            Api::ShareSubscribe => {
+                let message: message::ShareSubscribe = frame.decode_message().unwrap();
+                assert_eq!((message.credit_records, settlements.len() >= 2), (0, true));
+                open = message.subscription;
+                let asked = Asked { api, correlation, message, payload };
+                connection.reply(&asked, &message::Empty {}).await;
+            }
+            Api::Credit => {
+                let credit: message::Credit = frame.decode_message().unwrap();
+                if open != subscription && credit.subscription == open {
+                    break credit.records;
+                }
+                credits.push(credit.records);
+            }
+            _ => {}
+        }
+    };
+    assert_eq!(trial, 1, "to see whether it is up again");
+    settlements.sort_unstable();
+    let (nack, release) = (message::Outcome::Nack, message::Outcome::Release);
+    assert_eq!(settlements, [(0, nack), (1, nack), (2, release), (3, release)]);
+    lease(&mut connection, open, 4..5, LEASE_MS).await;
+    let mut granted = 0;
+    while granted < 8 {
+        let frame = soon(connection.request()).await.expect("a request");
+        let (api, correlation, payload) =
+            (Api::try_from(frame.api).unwrap(), frame.correlation, Bytes::new());
+        match api {
+            Api::Settle => {
+                let asked = Asked { api, correlation, message: frame.decode_message().unwrap(), payload };
+                assert_eq!(settled(&asked.message), [(4, message::Outcome::Ack)]);
+                connection.reply(&asked, &statuses(&[SettleStatus::Ok])).await;
+            }
+            Api::Credit => granted += frame.decode_message::<message::Credit>().unwrap().records,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(granted, 8, "all of the prefetch again");
+    running.abort();
 }

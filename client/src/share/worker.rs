@@ -1,7 +1,15 @@
 //! Runs a handler over the records of a share group.
+//!
+//! [`Worker`] decides what happens next: waits for the handler to be ready, gathers a batch, starts it in a task of its own.
+//! An [`Attempt`] is one record in a handler and sees to it that the record is settled however the handler ends.
+//!
+//! **A handler that is not ready pauses the subscription.** When it stays so for [`PATIENCE`], what was not started is
+//! released and no more is asked for, so that other members can have it. When it is ready again one record is asked for; only
+//! when the handler is ready after that too, the whole prefetch.
 
 use std::any::Any;
-use std::future::Future;
+use std::fmt::Display;
+use std::future::{Future, poll_fn};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,46 +18,24 @@ use std::time::Duration;
 use felucca_protocol::ErrorCode;
 use felucca_protocol::message::Outcome as Settle;
 use futures::FutureExt;
+use futures::future::join_all;
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tower_service::Service;
 
-use super::ShareConsumer;
 use super::complete::complete;
 use super::delivery::{Delivery, Lease, Nack, Reject, SettleResult};
+use super::handler::{HandlerFn, OneByOne, service_failed};
+use super::outcome::Outcome;
 use super::settler::Settler;
+use super::{Settings, ShareConsumer};
 use crate::error::{Error, Result};
-use crate::record::Record;
 
+/// How long a handler may be not ready before the subscription pauses.
+const PATIENCE: Duration = Duration::from_millis(200);
 /// How long `run` waits in the end until the broker knows that this member is gone.
 const FAREWELL: Duration = Duration::from_secs(5);
-
-/// What became of a record in a handler.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// Done.
-    Ack,
-    /// Failed, to be tried again.
-    Nack(Nack),
-    /// Failed for good.
-    Reject(Reject),
-    /// Not started.
-    Release,
-    /// Done, and these records are appended with the acknowledgement, both or neither. Outputs with a key go to the key's
-    /// partition.
-    Complete(Vec<Record>),
-}
-
-impl Outcome {
-    /// Failed, to be tried again after the group's backoff.
-    pub fn nack(reason: impl Into<String>) -> Self {
-        Self::Nack(Nack { reason: reason.into(), ..Nack::default() })
-    }
-
-    /// Failed for good.
-    pub fn reject(class: impl Into<String>, reason: impl Into<String>) -> Self {
-        Self::Reject(Reject { class: class.into(), reason: reason.into(), detail: String::new() })
-    }
-}
 
 /// What a worker did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -74,9 +60,10 @@ struct Counts {
 impl ShareConsumer {
     /// Runs the handler for each record, up to the set concurrency at a time, until `shutdown` is ready.
     ///
-    /// Leases are extended at half of their time, of queued records too; a handler whose lease is lost all the same learns it
-    /// from [`Delivery::lease_lost`], and its outcome counts as `lost`. A handler that panics is a nack of class `panic`.
-    /// Outputs of [`Outcome::Complete`] that can never be appended are a reject of class `invalid-output`.
+    /// What the handler answers becomes the record's [`Outcome`]. Leases are extended at half of their time, of queued records
+    /// too. A handler whose lease is lost all the same is dropped, since another member may begin with the record; the record
+    /// counts as `lost`. One that panics is a nack of class `panic`, one that runs into the handler timeout a nack of class
+    /// `timeout`. Outputs of [`Outcome::Complete`] that can never be appended are a reject of class `invalid-output`.
     ///
     /// After `shutdown` nothing new is started, what was not started is released, and running handlers have the drain timeout;
     /// what still runs then is aborted, a nack of class `shutdown`. When the future is dropped, handlers are aborted in the
@@ -84,33 +71,232 @@ impl ShareConsumer {
     ///
     /// # Errors
     /// The group was deleted, or the broker refuses this member; not for lost connections, which are resumed.
-    pub async fn run<H, F>(mut self, handler: H, shutdown: impl Future<Output = ()>) -> Result<WorkerReport>
+    pub async fn run<H, F, O>(self, handler: H, shutdown: impl Future<Output = ()>) -> Result<WorkerReport>
     where
         H: Fn(Delivery) -> F,
-        F: Future<Output = Outcome> + Send + 'static,
+        F: Future<Output = O> + Send + 'static,
+        O: Into<Outcome> + 'static,
     {
-        let counts = Arc::new(Counts::default());
-        let mut running = JoinSet::new();
+        self.serve(HandlerFn(handler), shutdown).await
+    }
+
+    /// As [`ShareConsumer::run`], with a tower service, and so with tower's layers: [`Breaker`](crate::Breaker), limits of
+    /// rate, load shedding.
+    ///
+    /// A record is taken only when the service is ready. One that stays not ready for 200 ms pauses the subscription: what was
+    /// not started is released and nothing is asked for; when it is ready again it gets one record, and all it may have once
+    /// it is ready after that. An error of the service is a nack of class `service`.
+    ///
+    /// # Errors
+    /// As [`ShareConsumer::run`], or the service will never be ready again.
+    pub async fn serve<S>(self, service: S, shutdown: impl Future<Output = ()>) -> Result<WorkerReport>
+    where
+        S: Service<Delivery, Response = Outcome>,
+        S::Future: Send + 'static,
+        S::Error: Display + Send + 'static,
+    {
+        Worker::new(self, OneByOne(service), Gather { size: 1, linger: Duration::ZERO }).run(shutdown).await
+    }
+
+    /// As [`ShareConsumer::run`], with records in batches of up to `size`, for work that is cheaper together. A batch begins
+    /// when it is full or its first record has waited for `linger`; the concurrency counts batches. The prefetch must be large
+    /// enough for them. With key order, a batch never holds two records of a key.
+    ///
+    /// The handler answers one outcome per record, in the records' order; a record without one is a nack of class
+    /// `no-outcome`. A panic or a timeout is that of every record of the batch. The handler is dropped when the leases of all
+    /// its records are lost; [`Delivery::lease_is_lost`] tells about each.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    /// use felucca_client::{Client, Delivery, Outcome, Result};
+    ///
+    /// # async fn insert_all(_: &[Delivery]) -> Vec<bool> { Vec::new() }
+    /// # async fn example(client: Client, shutdown: impl Future<Output = ()>) -> Result<()> {
+    /// let worker = client.share_consumer("search-index").concurrency(2).prefetch(400).build().await?;
+    /// let handler = |batch: Vec<Delivery>| async move {
+    ///     let indexed = insert_all(&batch).await;
+    ///     indexed.iter().map(|ok| if *ok { Outcome::Ack } else { Outcome::nack("not indexed") }).collect()
+    /// };
+    /// worker.run_batches(100, Duration::from_millis(20), handler, shutdown).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`ShareConsumer::run`].
+    pub async fn run_batches<H, F>(
+        self,
+        size: usize,
+        linger: Duration,
+        handler: H,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<WorkerReport>
+    where
+        H: Fn(Vec<Delivery>) -> F,
+        F: Future<Output = Vec<Outcome>> + Send + 'static,
+    {
+        Worker::new(self, HandlerFn(handler), Gather { size: size.max(1), linger }).run(shutdown).await
+    }
+}
+
+/// How records become batches.
+#[derive(Clone, Copy, Debug)]
+struct Gather {
+    size: usize,
+    linger: Duration,
+}
+
+/// How much is asked of the broker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Intake {
+    /// The prefetch.
+    Open,
+    /// One record, to see whether the handler is ready after it.
+    Probing,
+    /// Nothing.
+    Paused,
+}
+
+struct Worker<S> {
+    settings: Settings,
+    settler: Arc<Settler>,
+    deliveries: mpsc::UnboundedReceiver<Result<Delivery>>,
+    task: tokio::task::JoinHandle<()>,
+    service: S,
+    gather: Gather,
+    /// Not started yet.
+    batch: Vec<Delivery>,
+    /// When what was gathered is started.
+    start_at: Instant,
+    ready: bool,
+    /// When the handler was last seen to be ready, or asked first.
+    ready_at: Instant,
+    intake: Intake,
+    running: JoinSet<()>,
+    counts: Arc<Counts>,
+}
+
+impl<S> Worker<S>
+where
+    S: Service<Vec<Delivery>, Response = Vec<Outcome>>,
+    S::Future: Send + 'static,
+    S::Error: Display + Send + 'static,
+{
+    fn new(consumer: ShareConsumer, service: S, gather: Gather) -> Self {
+        let ShareConsumer { settings, settler, deliveries, task } = consumer;
+        let now = Instant::now();
+        Self {
+            settings,
+            settler,
+            deliveries,
+            task,
+            service,
+            gather,
+            batch: Vec::new(),
+            start_at: now,
+            ready: false,
+            ready_at: now,
+            intake: Intake::Open,
+            running: JoinSet::new(),
+            counts: Arc::default(),
+        }
+    }
+
+    async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<WorkerReport> {
         tokio::pin!(shutdown);
         let ended = loop {
-            let room = running.len() < self.settings.concurrency;
+            // Asked no earlier than that: what is running may change what the handler says.
+            let room = self.running.len() < self.settings.concurrency;
+            let waiting = room && !self.ready;
+            let room = room && self.ready;
+            let gathering = !self.batch.is_empty();
             tokio::select! {
                 biased;
                 () = &mut shutdown => break Ok(()),
-                Some(_) = running.join_next(), if !running.is_empty() => {}
+                Some(_) = self.running.join_next(), if !self.running.is_empty() => {}
+                ready = poll_fn(|cx| self.service.poll_ready(cx)), if waiting => match ready {
+                    Ok(()) => self.is_ready(),
+                    Err(error) => break Err(Error::Handler(error.to_string())),
+                },
                 delivery = self.deliveries.recv(), if room => match delivery {
-                    Some(Ok(delivery)) => start(delivery, &handler, &counts, &mut running),
+                    Some(Ok(delivery)) => self.take(delivery),
                     Some(Err(error)) => break Err(error),
                     None => break Err(Error::Closed),
                 },
+                () = sleep_until(self.start_at), if room && gathering => self.start(),
+                () = sleep_until(self.ready_at + PATIENCE), if waiting && self.intake != Intake::Paused => {
+                    self.pause();
+                }
             }
         };
-        let Self { settings, settler, mut deliveries, task } = self;
-        deliveries.close();
-        while let Ok(queued) = deliveries.try_recv() {
-            // Dropping it releases it.
-            counts.released.fetch_add(u64::from(queued.is_ok()), Ordering::Relaxed);
+        let report = self.end().await;
+        ended.map(|()| report)
+    }
+
+    fn is_ready(&mut self) {
+        self.ready = true;
+        self.intake = match self.intake {
+            Intake::Paused => {
+                self.settler.core.want(1);
+                Intake::Probing
+            }
+            Intake::Probing => {
+                self.settler.core.want(self.settings.prefetch);
+                Intake::Open
+            }
+            Intake::Open => Intake::Open,
+        };
+    }
+
+    fn take(&mut self, mut delivery: Delivery) {
+        // Its time was over before its turn came.
+        if delivery.lease_is_lost() {
+            delivery.settled = true;
+            self.counts.lost.fetch_add(1, Ordering::Relaxed);
+            return;
         }
+        if self.batch.is_empty() {
+            self.start_at = Instant::now() + self.gather.linger;
+        }
+        self.batch.push(delivery);
+        // While probing no more can come.
+        if self.batch.len() >= self.gather.size || self.intake == Intake::Probing {
+            self.start();
+        }
+    }
+
+    /// Begins the handler of what was gathered.
+    fn start(&mut self) {
+        let mut batch = std::mem::take(&mut self.batch);
+        let attempts = batch.iter_mut().map(|delivery| Attempt::new(delivery, &self.counts)).collect();
+        let handling = std::panic::catch_unwind(AssertUnwindSafe(|| self.service.call(batch)));
+        self.ready = false;
+        self.ready_at = Instant::now();
+        self.running.spawn(attempt(attempts, handling, self.settings.handler_timeout));
+    }
+
+    /// Gives back what was not started and asks for nothing more.
+    fn pause(&mut self) {
+        tracing::debug!(group = self.settings.group, "the handler is not ready: paused");
+        self.intake = Intake::Paused;
+        self.settler.core.want(0);
+        self.release();
+    }
+
+    fn release(&mut self) {
+        let mut released = self.batch.len() as u64;
+        self.batch.clear();
+        while let Ok(queued) = self.deliveries.try_recv() {
+            // Dropping it releases it.
+            released += u64::from(queued.is_ok());
+        }
+        self.counts.released.fetch_add(released, Ordering::Relaxed);
+    }
+
+    async fn end(mut self) -> WorkerReport {
+        self.deliveries.close();
+        self.release();
+        let Self { settings, settler, deliveries, task, mut running, counts, .. } = self;
         let drained = async { while running.join_next().await.is_some() {} };
         if timeout(settings.drain_timeout, drained).await.is_err() {
             tracing::warn!(group = settings.group, handlers = running.len(), "handlers did not end in time");
@@ -120,7 +306,7 @@ impl ShareConsumer {
         if timeout(FAREWELL, task).await.is_err() {
             tracing::debug!(group = settings.group, "the last settlements are not answered yet");
         }
-        ended.map(|()| counts.report())
+        counts.report()
     }
 }
 
@@ -148,35 +334,60 @@ impl Counts {
     }
 }
 
-/// Begins the handler of one record in a task of its own.
-fn start<H, F>(mut delivery: Delivery, handler: &H, counts: &Arc<Counts>, running: &mut JoinSet<()>)
+/// What the handler of a batch began with, or its panic.
+type Begun<F> = std::thread::Result<F>;
+
+/// Runs the handler of a batch to its end and settles each record.
+async fn attempt<F, E>(attempts: Vec<Attempt>, begun: Begun<F>, limit: Option<Duration>)
 where
-    H: Fn(Delivery) -> F,
-    F: Future<Output = Outcome> + Send + 'static,
+    F: Future<Output = std::result::Result<Vec<Outcome>, E>>,
+    E: Display,
 {
-    // From here on the lease is settled by what the handler answers, not by the drop of the delivery.
-    delivery.settled = true;
-    let attempt = Attempt {
-        settler: delivery.settler.clone(),
-        lease: delivery.lease.clone(),
-        counts: counts.clone(),
-        ended: false,
-    };
-    let handling = std::panic::catch_unwind(AssertUnwindSafe(|| handler(delivery)));
-    running.spawn(async move {
-        let outcome = match handling {
+    let count = attempts.len();
+    let all = |nack: Nack| vec![Outcome::Nack(nack); count];
+    let handling = async {
+        match begun {
             Ok(handling) => AssertUnwindSafe(handling).catch_unwind().await,
             Err(panic) => Err(panic),
-        };
-        attempt.settle(outcome.unwrap_or_else(|panic| panicked(&*panic))).await;
-    });
+        }
+    };
+    let mut outcomes = tokio::select! {
+        biased;
+        handled = handling => match handled {
+            Ok(Ok(outcomes)) => outcomes,
+            Ok(Err(error)) => all(service_failed(&error)),
+            Err(panic) => all(panicked(&*panic)),
+        },
+        () = all_lost(&attempts) => {
+            attempts.into_iter().for_each(Attempt::lost);
+            return;
+        }
+        limit = limit_of(limit) => all(Nack::new("timeout", format!("the handler took longer than {limit:?}"))),
+    };
+    outcomes.resize(count, Nack::new("no-outcome", "the handler answered nothing about this record").into());
+    join_all(attempts.into_iter().zip(outcomes).map(|(attempt, outcome)| attempt.settle(outcome))).await;
 }
 
-fn panicked(panic: &(dyn Any + Send)) -> Outcome {
+async fn all_lost(attempts: &[Attempt]) {
+    for attempt in attempts {
+        attempt.settler.core.leases.lost(&attempt.lease).cancelled().await;
+    }
+}
+
+async fn limit_of(limit: Option<Duration>) -> Duration {
+    match limit {
+        Some(limit) => {
+            sleep(limit).await;
+            limit
+        }
+        None => std::future::pending().await,
+    }
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> Nack {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
-    let reason = format!("the handler panicked: {text}");
-    Outcome::Nack(Nack { class: "panic".to_owned(), reason, ..Nack::default() })
+    Nack::new("panic", format!("the handler panicked: {text}"))
 }
 
 /// One record in a handler.
@@ -189,6 +400,26 @@ struct Attempt {
 }
 
 impl Attempt {
+    fn new(delivery: &mut Delivery, counts: &Arc<Counts>) -> Self {
+        // From here on the lease is settled by what the handler answers, not by the drop of the delivery.
+        delivery.settled = true;
+        let (settler, lease) = (delivery.settler.clone(), delivery.lease.clone());
+        Self { settler, lease, counts: counts.clone(), ended: false }
+    }
+
+    /// Another member may have the record: there is nothing to settle.
+    fn lost(mut self) {
+        self.ended = true;
+        let (partition, offset) = (self.lease.partition, self.lease.offset);
+        tracing::warn!(
+            group = self.settler.core.group,
+            partition,
+            offset,
+            "a lease ended, and its handler with it"
+        );
+        self.counts.lost.fetch_add(1, Ordering::Relaxed);
+    }
+
     async fn settle(mut self, outcome: Outcome) {
         self.ended = true;
         let (settler, lease, counts) = (&self.settler, &self.lease, &self.counts);
@@ -202,8 +433,7 @@ impl Attempt {
             Outcome::Complete(records) => match complete(&settler.core, lease, &records).await {
                 // It would fail for ever: that is for a person to see.
                 Err(error) if is_invalid_output(&error) => {
-                    let (class, reason) = ("invalid-output".to_owned(), error.to_string());
-                    let reject = Reject { class, reason, detail: String::new() };
+                    let reject = Reject::new("invalid-output", error.to_string());
                     (&counts.rejected, self.reject(reject).await)
                 }
                 completed => (&counts.acked, completed),
@@ -224,11 +454,7 @@ impl Attempt {
 impl Drop for Attempt {
     fn drop(&mut self) {
         if !self.ended {
-            let nack = Nack {
-                class: "shutdown".to_owned(),
-                reason: "the worker stopped before the handler ended".to_owned(),
-                ..Nack::default()
-            };
+            let nack = Nack::new("shutdown", "the worker stopped before the handler ended");
             self.counts.nacked.fetch_add(1, Ordering::Relaxed);
             self.settler.settle(&self.lease, Settle::Nack, Some(nack.into_detail())).forget();
         }
