@@ -50,7 +50,7 @@ pub enum RedriveTarget {
 /// What a redrive did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Redriven {
-    pub moved: u64,
+    pub redriven: u64,
     /// Left where they are, because they were redriven too often.
     pub refused: u64,
 }
@@ -92,16 +92,9 @@ pub async fn redrive(
     // In case a purge was cut short.
     broker.call(on_exhausted(&letters, "hold")).await?;
     let job = Job::begin(broker, &letters).await?;
-    let done = job.run(&Work::Redrive { target: target.id }).await?;
-    tracing::info!(
-        group,
-        source,
-        target = target.name,
-        moved = done.moved,
-        refused = done.refused,
-        "redriven"
-    );
-    Ok(done)
+    let (redriven, refused) = job.run(&Work::Redrive { target: target.id }).await?;
+    tracing::info!(group, source, target = target.name, redriven, refused, "redriven");
+    Ok(Redriven { redriven, refused })
 }
 
 /// Discards every dead letter of (group, source topic) that is there now; returns how many. Dropping the future ends the job.
@@ -117,7 +110,7 @@ pub async fn purge(broker: &Broker, group: &str, source: &str) -> Result<u64, Re
         Err(error) => Err(error),
     };
     broker.call(on_exhausted(&letters, "hold")).await?;
-    let purged = purged?.moved;
+    let (purged, _) = purged?;
     tracing::info!(group, source, purged, "dead letters purged");
     Ok(purged)
 }
@@ -248,7 +241,8 @@ impl<'a> Job<'a> {
         self.broker.submit([Submission::new(command, responder, bytes)]);
     }
 
-    async fn run(mut self, work: &Work) -> Result<Redriven, RedriveError> {
+    /// Works through all letters; answers how many were settled, and how many refused.
+    async fn run(mut self, work: &Work) -> Result<(u64, u64), RedriveError> {
         let mut moved_last = Instant::now();
         let mut seen = Instant::now();
         loop {
@@ -265,7 +259,7 @@ impl<'a> Job<'a> {
                 Ok(None) | Err(_) => {
                     if self.unanswered == 0 && self.is_done().await? {
                         let refused = self.refused.len() as u64;
-                        return Ok(Redriven { moved: self.settled, refused });
+                        return Ok((self.settled, refused));
                     }
                 }
             }

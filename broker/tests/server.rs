@@ -154,7 +154,7 @@ async fn leased_records_are_pushed_and_settled() {
         target: msg::RedriveTarget::Group.into(),
     };
     let done: msg::RedriveReply = client.call(Api::Redrive, &redrive).await.unwrap();
-    assert_eq!((done.moved, done.refused), (1, 0));
+    assert_eq!((done.redriven, done.refused), (1, 0));
     client.send(Api::Credit, &msg::Credit { subscription: 9, records: 10, bytes: 1 << 20 }, &[]);
     client.flush().await;
     let mut values = Vec::new();
@@ -191,7 +191,7 @@ async fn a_letter_that_was_redriven_too_often_stays() {
         target: msg::RedriveTarget::Source.into(),
     };
     let done: msg::RedriveReply = client.call(Api::Redrive, &redrive).await.unwrap();
-    assert_eq!((done.moved, done.refused), (1, 1));
+    assert_eq!((done.redriven, done.refused), (1, 1));
     client.dead_letters("payment", 1).await;
     let (reply, _) = client.fetch(&topic, 0, 2, 0).await;
     assert_eq!(reply.high_watermark, 3);
@@ -221,7 +221,7 @@ async fn many_letters_are_redriven_each_once() {
         target: msg::RedriveTarget::Source.into(),
     };
     let done: msg::RedriveReply = client.call(Api::Redrive, &redrive).await.unwrap();
-    assert_eq!((done.moved, done.refused), (LETTERS.into(), 0));
+    assert_eq!((done.redriven, done.refused), (LETTERS.into(), 0));
     let (reply, _) = client.fetch(&topic, 0, 0, 0).await;
     assert_eq!(reply.high_watermark, 2 * u64::from(LETTERS));
     server.shutdown().await;

@@ -55,7 +55,7 @@ pub struct CommittedOffset {
 /// What a redrive did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Redriven {
-    pub moved: u64,
+    pub redriven: u64,
     /// Left where they are: redriven too often before.
     pub refused: u64,
 }
@@ -74,13 +74,13 @@ pub struct Redriven {
 ///     println!("{}/{}: {} to do", partition.topic, partition.partition, partition.lag);
 /// }
 /// let redriven = admin.redrive("payment", "orders", RedriveTarget::Group).await?;
-/// println!("{} to be tried again", redriven.moved);
+/// println!("{} to be tried again", redriven.redriven);
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Clone, Debug)]
 pub struct Admin {
-    client: Client,
+    pub(crate) client: Client,
 }
 
 fn entries(config: &[(&str, &str)]) -> Vec<message::ConfigEntry> {
@@ -387,7 +387,7 @@ impl Admin {
             target: target.into(),
         };
         let reply: message::RedriveReply = self.change(Api::Redrive, &request).await?;
-        Ok(Redriven { moved: reply.moved, refused: reply.refused })
+        Ok(Redriven { redriven: reply.redriven, refused: reply.refused })
     }
 
     /// Drops the dead letters of a group and source topic; answers how many.

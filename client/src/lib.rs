@@ -49,6 +49,7 @@ mod client;
 mod connection;
 mod consumer;
 mod error;
+mod gaps;
 mod link;
 #[cfg(test)]
 mod link_tests;

@@ -130,6 +130,15 @@ fn records_come_back_as_they_went_in() {
 }
 
 #[test]
+fn an_offset_beyond_the_end_is_refused() {
+    let shell = Shell::new();
+    shell.run("topic create orders --partitions 1").ok();
+    shell.run_with("produce orders", b"one\ntwo").ok();
+    assert_eq!(shell.run("consume orders --from offset:2").ok().stdout, "");
+    shell.run("consume orders --from offset:99").refused(1, "offset 99 is beyond the end of topic orders");
+}
+
+#[test]
 fn acknowledgements_are_printed_while_the_input_is_still_open() {
     let shell = Shell::new();
     shell.run("topic create orders").ok();

@@ -104,7 +104,7 @@ async fn a_failing_record_is_retried_dead_lettered_and_redriven_to_its_group_onl
     assert_eq!(letter.header("__dlq.errors.delivery.count"), Some(&b"2"[..]));
 
     let redriven = soon(admin.redrive("payment", "orders", RedriveTarget::Group)).await.unwrap();
-    assert_eq!((redriven.moved, redriven.refused), (1, 0));
+    assert_eq!((redriven.redriven, redriven.refused), (1, 0));
     let again = soon(payment.next()).await.unwrap();
     assert_eq!(again.value.as_deref(), Some(&b"cursed"[..]));
     assert_eq!(soon(again.ack()).await.unwrap().status, SettleStatus::Ok);

@@ -8,12 +8,12 @@ use anyhow::{Context, bail};
 use clap::Args;
 use felucca_client::{Client, ConsumedRecord, Consumer, Start};
 use futures::FutureExt;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep_until};
 
 use super::output::Format;
 use super::parse::Place;
 use super::record;
+use super::signals::Signals;
 
 /// While a group reads without --follow and nothing arrives, how often to ask whether other members have finished the rest.
 const PROGRESS_POLL: Duration = Duration::from_millis(500);
@@ -74,6 +74,9 @@ impl Consume {
         let mut ends = None;
         if !self.follow {
             let found = Ends::find(&client, &self.topic, &wanted, self.from, self.group.as_deref()).await?;
+            if let (Place::Offset(offset), None) = (self.from, &self.group) {
+                found.refuse_beyond(&self.topic, offset)?;
+            }
             wanted = found.unfinished().collect();
             ends = Some(found);
         }
@@ -149,6 +152,18 @@ impl Ends {
         Ok(ends)
     }
 
+    /// An offset that no partition has come to yet is a mistake; one at the end leaves nothing to read.
+    fn refuse_beyond(&self, topic: &str, offset: u64) -> anyhow::Result<()> {
+        match self.0.iter().max_by_key(|(_, (_, end))| *end) {
+            Some((partition, (_, end))) if offset > *end => {
+                bail!(
+                    "offset {offset} is beyond the end of topic {topic}: partition {partition}, the longest, ends at {end}"
+                )
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Counts in what the members of a group have finished.
     async fn pass_committed(&mut self, client: &Client, topic: &str, group: &str) -> anyhow::Result<()> {
         for one in client.admin().committed(group).await? {
@@ -156,6 +171,22 @@ impl Ends {
                 && let Some((next, _)) = self.0.get_mut(&one.partition)
             {
                 *next = one.offset.max(*next);
+            }
+        }
+        Ok(())
+    }
+
+    /// Finishes the partitions whose last offsets have no record: none will come for them.
+    async fn pass_gaps(&mut self, client: &Client, topic: &str) -> anyhow::Result<()> {
+        for partition in self.unfinished().collect::<Vec<_>>() {
+            if let Some((next, end)) = self.0.get_mut(&partition)
+                && client
+                    .admin()
+                    .next_offset(topic, partition, *next)
+                    .await?
+                    .is_none_or(|found| found >= *end)
+            {
+                *next = *end;
             }
         }
         Ok(())
@@ -281,7 +312,7 @@ impl Reader {
         }
     }
 
-    /// Nothing arrived for a while: others may have read the rest, or it will not come.
+    /// Nothing arrived for a while: others may have read the rest, there may be none, or it will not come.
     async fn check_progress(&mut self, last_record: Instant) -> anyhow::Result<()> {
         let Some(ends) = &mut self.ends else {
             return Ok(());
@@ -289,6 +320,7 @@ impl Reader {
         if let Some(group) = &self.group {
             return ends.pass_committed(&self.client, &self.topic, group).await;
         }
+        ends.pass_gaps(&self.client, &self.topic).await?;
         if last_record.elapsed() < PATIENCE {
             return Ok(());
         }
@@ -331,28 +363,17 @@ impl Reader {
     }
 }
 
-/// Ctrl-C and SIGTERM end reading in good order.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-}
-
-impl Signals {
-    fn new() -> io::Result<Self> {
-        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
-    }
-
-    async fn recv(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_offset_beyond_every_end_is_refused() {
+        let ends = Ends(BTreeMap::from([(0, (2, 2)), (1, (5, 5))]));
+        assert!(ends.refuse_beyond("t", 5).is_ok());
+        let said = ends.refuse_beyond("t", 6).unwrap_err().to_string();
+        assert!(said.contains("offset 6") && said.contains("partition 1, the longest, ends at 5"), "{said}");
+    }
 
     #[test]
     fn a_partition_is_finished_at_the_end_it_had() {

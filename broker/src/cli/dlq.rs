@@ -189,12 +189,12 @@ async fn redrive(client: &Client, which: &Which, to: Target, format: Format) -> 
         let done = client.admin().redrive(&one.group, &one.source_topic, target).await?;
         match format {
             Format::Json => {
-                print_json(&Redriven { topic: &one.topic, redriven: done.moved, refused: done.refused })?;
+                print_json(&Redriven { topic: &one.topic, redriven: done.redriven, refused: done.refused })?;
             }
             Format::Table => {
                 print_line(&format!(
                     "{}: {} redriven, {} refused by the loop guard",
-                    one.topic, done.moved, done.refused
+                    one.topic, done.redriven, done.refused
                 ))?;
             }
         }

@@ -14,7 +14,9 @@ mod parse;
 mod produce;
 mod record;
 mod serve;
+mod signals;
 mod topic;
+mod work;
 
 use std::future::Future;
 use std::io::{self, Write};
@@ -46,6 +48,7 @@ Examples:
   echo 'customer-1:hello' | felucca produce orders --key-separator :
   felucca consume orders --from beginning
   felucca group create payment --share --topic orders --config ordering=key
+  felucca work orders --share-group payment --exec ./charge.sh
   felucca dlq redrive dlq.payment.orders
 
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 broker not reachable or asks to try again later.")]
@@ -90,6 +93,8 @@ enum Command {
     Produce(produce::Produce),
     /// Read records, one JSON object per line
     Consume(consume::Consume),
+    /// Run a command for each record of a share group
+    Work(work::Work),
     /// Consumer groups and share groups
     #[command(subcommand)]
     Group(group::Group),
@@ -143,6 +148,7 @@ impl Cli {
                 let format = connection.output.unwrap_or(Format::Json);
                 connection.ask(|client, _| command.run(client, format))
             }
+            Command::Work(command) => connection.ask(|client, format| command.run(client, format)),
             Command::Group(command) => connection.ask(|client, format| command.run(client, format)),
             Command::Dlq(command) => {
                 let patience =

@@ -121,7 +121,7 @@ impl Dispatcher {
         self.answer_later(Api::Redrive, correlation, async move {
             let done = redrive::redrive(&broker, &request.group, &request.source_topic, target).await;
             let done = done.map_err(|error| convert::redrive_error(&error))?;
-            Ok(wire::RedriveReply { moved: done.moved, refused: done.refused })
+            Ok(wire::RedriveReply { redriven: done.redriven, refused: done.refused })
         })
     }
 
