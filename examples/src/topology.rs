@@ -24,8 +24,8 @@ pub(crate) const ORDER_GROUP: &str = "order";
 
 const PARTITIONS: u32 = 8;
 
-/// Creates what is missing.
-pub(crate) async fn create(client: &Client) -> anyhow::Result<()> {
+/// Creates what is missing; `payment` are settings of the payment group on top of the usual ones.
+pub(crate) async fn create(client: &Client, payment: &[(&str, &str)]) -> anyhow::Result<()> {
     let admin = client.admin();
     for topic in [ORDERS, PAYMENTS] {
         unless_it_exists(admin.create_topic(topic, PARTITIONS, &[]).await, ErrorCode::TopicExists)
@@ -33,7 +33,14 @@ pub(crate) async fn create(client: &Client) -> anyhow::Result<()> {
     }
     // Charges of one customer follow the order of their purchases, also across retries; hence the order by key. The
     // sample's gateway recovers within moments, so waiting starts far below the default.
-    let payment = [("ordering", "key"), ("backoff-initial", "100ms"), ("backoff-max", "5s")];
+    let usual = [
+        ("ordering", "key"),
+        ("backoff-initial", "100ms"),
+        ("backoff-max", "5s"),
+        // The charge may be made already: worth asking again soon, however often.
+        ("class.gateway-timeout.backoff-max", "1s"),
+    ];
+    let payment = [&usual, payment].concat();
     create_share_group(&admin, PAYMENT_GROUP, &[ORDERS], &payment).await?;
     create_share_group(&admin, EMAIL_GROUP, &[ORDERS, PAYMENTS], &[]).await
 }

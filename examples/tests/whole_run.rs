@@ -26,7 +26,7 @@ fn run(dir: &Path, arguments: &[&str]) -> Value {
 
 /// What a kept run says when it is reconciled again.
 fn reconcile(work_dir: &Path) -> Output {
-    order_flow(&["reconcile", "--work-dir", work_dir.to_str().unwrap(), "--orders", "120"])
+    order_flow(&["reconcile", "--work-dir", work_dir.to_str().unwrap()])
 }
 
 fn assert_found(work_dir: &Path, figure: &str, what: &str) {
@@ -84,6 +84,31 @@ fn a_run_with_kills_reconciles() {
     for zero in ["duplicate_charges", "duplicate_mails", "order_violations", "lost"] {
         assert_eq!(report[zero], 0, "{report}");
     }
+}
+
+/// A short outage, and one poison order.
+const OUTAGE: [&str; 6] = ["--scenario", "gateway-outage", "--outage", "4s", "--orders", "400"];
+
+#[test]
+fn an_outage_kills_no_order_and_poison_only_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    // That only the poison order is dead, and every customer's order of charges, is part of what reconciles.
+    let report = run(dir.path(), &OUTAGE);
+    assert_eq!(report["order_violations"], 0, "{report}");
+    let dead = report["dead_lettered"].as_u64().unwrap();
+    assert_eq!(report["confirmed"].as_u64().unwrap() + report["cancelled"].as_u64().unwrap() + dead, 400);
+}
+
+#[test]
+fn without_the_outage_guard_orders_of_the_outage_are_dead_and_the_rest_keeps_its_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let work_dir = dir.path().join("run");
+    let kept = ["--outage-guard", "off", "--work-dir", work_dir.to_str().unwrap()];
+    let report = run(dir.path(), &[&OUTAGE[..], &kept].concat());
+    assert!(report["dead_lettered"].as_u64().unwrap() > 10, "{report}");
+    assert_eq!((&report["order_violations"], &report["lost"]), (&0.into(), &0.into()), "{report}");
+    let output = reconcile(&work_dir);
+    assert!(output.status.success(), "{}", text(&output));
 }
 
 #[test]

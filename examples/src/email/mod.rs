@@ -17,7 +17,7 @@ pub(crate) mod store;
 use std::path::PathBuf;
 
 use anyhow::Context as _;
-use felucca_client::{ConsumedRecord, Nack, Outcome};
+use felucca_client::{ConsumedRecord, Nack, Outcome, Reject};
 use lettre::{AsyncSmtpTransport, AsyncTransport as _, Message, Tokio1Executor};
 
 pub(crate) use compose::message_id;
@@ -118,7 +118,7 @@ impl Mails {
     async fn handle(&self, record: &ConsumedRecord) -> Outcome {
         let envelope = match Envelope::from_record(record) {
             Ok(envelope) => envelope,
-            Err(error) => return Outcome::reject("undecodable", error.to_string()),
+            Err(error) => return Reject::undecodable(error).into(),
         };
         let message = match compose::compose(&envelope) {
             Ok(message) => message,
@@ -128,8 +128,7 @@ impl Mails {
             Ok(()) => Outcome::Ack,
             Err(error) => {
                 tracing::warn!(error = format!("{error:#}"), event = %envelope.id, "no mail sent, will try again");
-                let reason = format!("{error:#}");
-                Outcome::Nack(Nack { class: "send-failed".to_owned(), reason, ..Nack::default() })
+                Nack::new("send-failed", format!("{error:#}")).into()
             }
         }
     }

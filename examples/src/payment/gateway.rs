@@ -10,7 +10,7 @@
 //! What a call meets is drawn from the seed, the key and the number of calls made under the key, all of which survive
 //! the process: a run can be repeated.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension as _};
@@ -63,6 +63,9 @@ pub(crate) enum GatewayError {
     /// The charge may or may not have been made: ask again under the same key.
     #[error("the gateway did not answer in time")]
     Timeout,
+    /// Nothing was done.
+    #[error("the gateway cannot be reached")]
+    Unreachable,
     #[error("the gateway failed: {0}")]
     Failed(#[from] DatabaseError),
 }
@@ -82,18 +85,37 @@ enum Behaviour {
 pub(crate) struct Gateway {
     ledger: Database,
     seed: u64,
+    /// Every call is answered, and promptly.
+    steady: bool,
+    /// While this file exists the gateway cannot be reached.
+    down: PathBuf,
+}
+
+/// The file that makes the gateway with this ledger unreachable, for whoever plays an outage.
+pub(crate) fn outage_file(ledger: &Path) -> PathBuf {
+    ledger.with_extension("down")
 }
 
 impl Gateway {
     pub(crate) fn open(path: &Path, seed: u64) -> Result<Self, DatabaseError> {
-        Ok(Self { ledger: Database::open(path, SCHEMA)?, seed })
+        Ok(Self { ledger: Database::open(path, SCHEMA)?, seed, steady: false, down: outage_file(path) })
+    }
+
+    /// No call times out.
+    pub(crate) fn steady(mut self, steady: bool) -> Self {
+        self.steady = steady;
+        self
     }
 
     /// Charges the customer once for the key, however often it is called.
     pub(crate) async fn charge(&self, key: &str, request: ChargeRequest) -> Result<Decision, GatewayError> {
         tokio::time::sleep(LATENCY).await;
+        if tokio::fs::try_exists(&self.down).await.unwrap_or(false) {
+            return Err(GatewayError::Unreachable);
+        }
         let mut chance = Seeded::for_name(self.seed, key);
-        let behaviour = behaviour(&mut chance);
+        let drawn = behaviour(&mut chance);
+        let behaviour = if self.steady { Behaviour::Prompt } else { drawn };
         let declined = chance.below(100) < 5;
         let key = key.to_owned();
         let answer = self
@@ -245,6 +267,22 @@ mod tests {
         assert_eq!(statement.len(), 300);
         assert_eq!(statement.iter().filter(|entry| entry.declined).count(), declined);
         assert_eq!(repeated_calls(&connection).unwrap(), 300 + timeouts);
+    }
+
+    #[tokio::test]
+    async fn an_outage_does_nothing_and_a_steady_gateway_never_times_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("gateway.db");
+        let gateway = Gateway::open(&path, 1).unwrap().steady(true);
+        std::fs::write(outage_file(&path), []).unwrap();
+        let charge =
+            async |n: u32| gateway.charge(&format!("order-{n}"), request(&format!("order-{n}"))).await;
+        assert!(matches!(charge(0).await, Err(GatewayError::Unreachable)));
+        assert!(statement(&crate::database::connect(&path).unwrap()).unwrap().is_empty());
+        std::fs::remove_file(outage_file(&path)).unwrap();
+        for n in 0..60 {
+            charge(n).await.unwrap();
+        }
     }
 
     #[test]

@@ -13,12 +13,13 @@
 //!   leads to a second copy of the result under the same event id, which its readers recognise.
 //!
 //! Outcomes: a decline is business and final (`PaymentFailed`, no retry); a gateway that fails is worth a retry, counted
-//! and delayed by the broker; a record that can never be charged is rejected to the dead-letter topic.
+//! and delayed by the broker, under a class that says how it failed; a record that can never be charged is rejected to the
+//! dead-letter topic. While the gateway is down nothing is given up: the broker's outage guard sees to that.
 
 use std::path::PathBuf;
 
 use anyhow::Context as _;
-use felucca_client::{ConsumedRecord, Nack, Outcome};
+use felucca_client::{ConsumedRecord, Nack, Outcome, Reject};
 
 use super::gateway::{ChargeRequest, Decision, Gateway, GatewayError};
 use super::store::{Payment, Store};
@@ -46,6 +47,12 @@ pub(crate) struct PaymentArgs {
     /// Orders worked on at once.
     #[arg(long, default_value_t = 64)]
     concurrency: usize,
+    /// The gateway answers every call promptly.
+    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
+    steady_gateway: bool,
+    /// An order on which this service panics, as CUSTOMER:CENTS.
+    #[arg(long, value_parser = parse_poison)]
+    poison: Option<Poison>,
     /// Name of this instance; an instance that comes back under its name keeps what it was working on.
     #[arg(long, default_value = "payment-1")]
     member: String,
@@ -59,7 +66,10 @@ pub(crate) async fn run(args: PaymentArgs) -> anyhow::Result<()> {
     let stop = service::shutdown_token(args.end_with_parent)?;
     let payments = Payments {
         store: Store::open(&args.database).context("cannot open the payment database")?,
-        gateway: Gateway::open(&args.gateway, args.seed).context("cannot open the gateway's ledger")?,
+        gateway: Gateway::open(&args.gateway, args.seed)
+            .context("cannot open the gateway's ledger")?
+            .steady(args.steady_gateway),
+        poison: args.poison,
     };
     let client = tokio::select! {
         client = service::connect(&args.broker, "payment") => client?,
@@ -89,13 +99,28 @@ pub(crate) async fn run(args: PaymentArgs) -> anyhow::Result<()> {
 struct Payments {
     store: Store,
     gateway: Gateway,
+    poison: Option<Poison>,
+}
+
+/// An order that this service has a bug with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Poison {
+    customer: String,
+    cents: u64,
+}
+
+fn parse_poison(text: &str) -> Result<Poison, String> {
+    let parsed = text.rsplit_once(':').and_then(|(customer, cents)| {
+        Some(Poison { customer: customer.to_owned(), cents: cents.parse().ok()? })
+    });
+    parsed.ok_or_else(|| format!("`{text}` is not CUSTOMER:CENTS"))
 }
 
 impl Payments {
     async fn handle(&self, record: &ConsumedRecord) -> Outcome {
         let envelope = match Envelope::from_record(record) {
             Ok(envelope) => envelope,
-            Err(error) => return Outcome::reject("undecodable", error.to_string()),
+            Err(error) => return Reject::undecodable(error).into(),
         };
         let Event::OrderCreated(order) = &envelope.event else {
             return Outcome::reject(
@@ -109,14 +134,23 @@ impl Payments {
                 format!("order {} has nothing to charge", order.order_id),
             );
         }
+        // The worker makes this a nack of class `panic`; what else it does goes on.
+        assert!(!self.is_poison(order), "order {} is more than this service can bear", order.order_id);
         match self.pay(order).await {
             Ok(payment) => complete(&envelope.trace_parent, order, payment),
-            Err(PayError::Gateway(GatewayError::Timeout)) => retry("gateway-timeout", &GatewayError::Timeout),
+            Err(PayError::Gateway(error @ GatewayError::Timeout)) => retry("gateway-timeout", &error),
+            Err(PayError::Gateway(error @ GatewayError::Unreachable)) => retry("gateway-down", &error),
             Err(error) => {
                 tracing::error!(%error, order = %order.order_id, "could not pay, will try again");
                 retry("internal", &error)
             }
         }
+    }
+
+    fn is_poison(&self, order: &OrderCreated) -> bool {
+        self.poison
+            .as_ref()
+            .is_some_and(|poison| poison.customer == order.customer && poison.cents == order.cents)
     }
 
     /// The decision about an order, made at most once.
@@ -144,7 +178,7 @@ enum PayError {
 }
 
 fn retry(class: &str, error: &dyn std::fmt::Display) -> Outcome {
-    Outcome::Nack(Nack { class: class.to_owned(), reason: error.to_string(), ..Nack::default() })
+    Nack::new(class, error.to_string()).into()
 }
 
 /// The acknowledgement together with the result.

@@ -18,9 +18,14 @@ use crate::events::{Envelope, Event};
 use crate::input::{Purchase, Totals};
 use crate::order::store::{Order, Status};
 use crate::payment::gateway::LedgerEntry;
+use crate::runner::scenario::Expected;
 
 /// Class under which the payment service rejects what it cannot charge.
-const EXPECTED_CLASS: &str = "invalid-amount";
+const NOTHING_TO_CHARGE: &str = "invalid-amount";
+/// Class of an order on which the payment service panics.
+const POISON: &str = "panic";
+/// Class of an order that was given up because the gateway could not be reached.
+const OUTAGE: &str = "gateway-down";
 
 /// What was found, in numbers and in words.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,13 +54,14 @@ pub(crate) struct Reconciliation {
 }
 
 /// Holds the purchases against the evidence.
-pub(crate) fn reconcile(purchases: &[Purchase], evidence: &Evidence) -> Reconciliation {
-    let mut check = Check::new(purchases, evidence);
+pub(crate) fn reconcile(purchases: &[Purchase], expected: &Expected, evidence: &Evidence) -> Reconciliation {
+    let mut check = Check::new(purchases, expected, evidence);
     check.orders();
     check.charges();
     check.charge_order();
     check.payments();
     check.log();
+    check.dead_letters();
     check.mails();
     check.sums();
     check.result
@@ -70,6 +76,7 @@ struct Pair<'a> {
 
 struct Check<'a> {
     purchases: &'a [Purchase],
+    expected: &'a Expected,
     evidence: &'a Evidence,
     /// By order id, as the services write it.
     pairs: HashMap<Uuid, Pair<'a>>,
@@ -77,10 +84,10 @@ struct Check<'a> {
 }
 
 impl<'a> Check<'a> {
-    fn new(purchases: &'a [Purchase], evidence: &'a Evidence) -> Self {
+    fn new(purchases: &'a [Purchase], expected: &'a Expected, evidence: &'a Evidence) -> Self {
         let retries = evidence.repeated_gateway_calls;
         let result = Reconciliation { retries, ..Reconciliation::default() };
-        Self { purchases, evidence, pairs: HashMap::new(), result }
+        Self { purchases, expected, evidence, pairs: HashMap::new(), result }
     }
 
     fn finding(&mut self, text: String) {
@@ -232,11 +239,6 @@ impl<'a> Check<'a> {
         let results = self.distinct(&log.payments, "payments");
         let letters: Vec<_> = log.dead_letters.iter().map(|(envelope, _)| envelope.clone()).collect();
         let letters = self.distinct(&letters, "dead letters");
-        for (envelope, class) in &log.dead_letters {
-            if class != EXPECTED_CLASS {
-                self.finding(format!("order {} was dead-lettered as `{class}`", envelope.event.order_id()));
-            }
-        }
 
         let mut found: HashMap<Uuid, Vec<&'static str>> = HashMap::new();
         for envelope in created.iter().chain(&results) {
@@ -264,6 +266,30 @@ impl<'a> Check<'a> {
                     order.status.name()
                 ));
             }
+        }
+    }
+
+    /// Only what has to be dead is, and for its own reason.
+    fn dead_letters(&mut self) {
+        let mut of_outage = 0;
+        let mut poison_found = false;
+        for (envelope, class) in &self.evidence.log.dead_letters {
+            let Some(Pair { purchase, order }) = self.pairs.get(&envelope.event.order_id()).copied() else {
+                continue;
+            };
+            let is_poison = Some(purchase.line) == self.expected.poison;
+            match class.as_str() {
+                NOTHING_TO_CHARGE if purchase.cents == 0 => {}
+                POISON if is_poison => poison_found = true,
+                OUTAGE if self.expected.outage_kills && !is_poison => of_outage += 1,
+                _ => self.finding(format!("order {} was dead-lettered as `{class}`", order.id)),
+            }
+        }
+        if let Some(line) = self.expected.poison.filter(|_| !poison_found) {
+            self.finding(format!("line {line} is poison, and no dead letter"));
+        }
+        if self.expected.outage_kills && of_outage == 0 {
+            self.finding("no order was given up in the outage, though nothing guards against it".to_owned());
         }
     }
 

@@ -7,9 +7,11 @@
 mod chaos;
 mod place;
 mod progress;
+pub(crate) mod scenario;
 mod supervise;
 mod work_dir;
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,10 +21,12 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use crate::input::{self, Purchase, Totals};
+use crate::payment::gateway;
 use crate::reconcile::{Evidence, LogEvidence, Reconciliation, reconcile};
 use crate::report::{self, Report};
 use crate::{service, topology};
 use progress::{Snapshot, Watcher};
+use scenario::{Expected, ScenarioArgs};
 use supervise::{Fleet, Role};
 use work_dir::WorkDir;
 
@@ -54,49 +58,60 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
     /// Kill processes at seeded moments: at least 12 times, each at least twice.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "scenario")]
     chaos: bool,
     /// Keep all data and logs in this directory, which must be empty or not exist.
     #[arg(long, value_name = "DIR")]
     work_dir: Option<PathBuf>,
+    #[command(flatten)]
+    scenario: ScenarioArgs,
 }
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ReconcileArgs {
-    #[command(flatten)]
-    input: InputArgs,
     /// Directory of an earlier run.
     #[arg(long, value_name = "DIR")]
     work_dir: PathBuf,
 }
 
 impl InputArgs {
-    fn read(&self) -> anyhow::Result<Vec<Purchase>> {
-        let mut purchases = match &self.input {
-            None => {
-                input::parse(include_str!("../../data/cdnow_sample.txt")).context("the built-in sample")?
-            }
+    fn text(&self) -> anyhow::Result<Cow<'static, str>> {
+        match &self.input {
+            None => Ok(Cow::Borrowed(include_str!("../../data/cdnow_sample.txt"))),
             Some(path) => {
-                let text = std::fs::read_to_string(path)
-                    .with_context(|| format!("cannot read {}", path.display()))?;
-                input::parse(&text).with_context(|| path.display().to_string())?
+                let text = std::fs::read_to_string(path);
+                Ok(Cow::Owned(text.with_context(|| format!("cannot read {}", path.display()))?))
             }
-        };
-        purchases.truncate(self.orders.unwrap_or(usize::MAX));
-        anyhow::ensure!(!purchases.is_empty(), "there is no purchase to place");
-        Ok(purchases)
+        }
     }
+
+    fn name(&self) -> String {
+        self.input
+            .as_ref()
+            .map_or_else(|| "the built-in sample".to_owned(), |path| path.display().to_string())
+    }
+}
+
+fn parse(text: &str, orders: Option<usize>) -> anyhow::Result<Vec<Purchase>> {
+    let mut purchases = input::parse(text)?;
+    purchases.truncate(orders.unwrap_or(usize::MAX));
+    anyhow::ensure!(!purchases.is_empty(), "there is no purchase to place");
+    Ok(purchases)
 }
 
 /// A whole run. True when everything reconciles.
 pub(crate) async fn run(args: RunArgs) -> anyhow::Result<bool> {
     let started = Instant::now();
-    let purchases = args.input.read()?;
+    let text = args.input.text()?;
+    let purchases = parse(&text, args.input.orders).with_context(|| args.input.name())?;
+    let expected = args.scenario.expected(args.input.orders, &purchases)?;
     let mut work_dir = WorkDir::create(args.work_dir.as_deref())?;
-    let fleet = Arc::new(Fleet::new(&work_dir, args.seed)?);
+    work_dir.keep_input(&text, &expected)?;
+    let poison = purchases.iter().find(|purchase| Some(purchase.line) == expected.poison);
+    let fleet = Arc::new(Fleet::new(&work_dir, args.seed, poison)?);
     let outcome = async {
-        let trouble = work(&args, &purchases, &fleet).await?;
-        let mut found = look(&purchases, &work_dir, &fleet).await?;
+        let trouble = work(&args, &purchases, &work_dir, &fleet).await?;
+        let mut found = look(&purchases, &expected, &work_dir, &fleet).await?;
         found.findings.extend(trouble);
         anyhow::Ok(found)
     };
@@ -112,11 +127,14 @@ pub(crate) async fn run(args: RunArgs) -> anyhow::Result<bool> {
 
     let report = Report::new(&found, fleet.all_kills(), started.elapsed().as_secs_f64());
     let reconciles = tell(&purchases, &found, &report);
-    if !reconciles || args.work_dir.is_some() {
-        say(&format!("data and logs: {}", work_dir.keep().display()));
-    }
     if let Some(path) = &args.report {
         report.write(path)?;
+    }
+    if !reconciles || args.work_dir.is_some() {
+        say(&format!("data and logs: {}", work_dir.keep().display()));
+    } else {
+        say("removing the run's data, which --work-dir would keep");
+        tokio::task::spawn_blocking(|| work_dir.remove()).await??;
     }
     Ok(reconciles)
 }
@@ -124,21 +142,27 @@ pub(crate) async fn run(args: RunArgs) -> anyhow::Result<bool> {
 /// Reconciles what an earlier run left. True when everything reconciles.
 pub(crate) async fn reconcile_again(args: ReconcileArgs) -> anyhow::Result<bool> {
     let started = Instant::now();
-    let purchases = args.input.read()?;
     let work_dir = WorkDir::open(&args.work_dir)?;
-    let fleet = Fleet::new(&work_dir, 0)?;
+    let (text, expected) = work_dir.input()?;
+    let purchases = parse(&text, expected.orders)?;
+    let fleet = Fleet::new(&work_dir, 0, None)?;
     fleet.start(Role::Broker).await?;
-    let found = look(&purchases, &work_dir, &fleet).await?;
+    let found = look(&purchases, &expected, &work_dir, &fleet).await?;
     let report = Report::new(&found, 0, started.elapsed().as_secs_f64());
     Ok(tell(&purchases, &found, &report))
 }
 
 /// Starts everything, places the purchases, waits until all is quiet, and stops the services. Returns what went wrong
 /// on the way without breaking the run off.
-async fn work(args: &RunArgs, purchases: &[Purchase], fleet: &Arc<Fleet>) -> anyhow::Result<Vec<String>> {
+async fn work(
+    args: &RunArgs,
+    purchases: &[Purchase],
+    work_dir: &WorkDir,
+    fleet: &Arc<Fleet>,
+) -> anyhow::Result<Vec<String>> {
     fleet.start(Role::Broker).await?;
     let client = service::connect(&fleet.broker, "order-flow").await?;
-    topology::create(&client).await?;
+    topology::create(&client, &args.scenario.payment_config()).await?;
     tokio::try_join!(fleet.start(Role::Order), fleet.start(Role::Payment), fleet.start(Role::Email))?;
 
     let http = reqwest::Client::builder().timeout(HTTP_TIMEOUT).no_proxy().build()?;
@@ -163,7 +187,8 @@ async fn work(args: &RunArgs, purchases: &[Purchase], fleet: &Arc<Fleet>) -> any
             tokio::try_join!(place, chaos::run(plan, Arc::clone(fleet), progress.clone(), admitted))?;
             trouble.extend(chaos::check(fleet).err().map(|error| error.to_string()));
         } else {
-            place.await?;
+            let down = gateway::outage_file(&work_dir.files().gateway);
+            tokio::try_join!(place, args.scenario.play(down, progress.clone()))?;
         }
         if !progress::until_quiet(&client, progress, PATIENCE).await {
             trouble.push(format!("gave up waiting: nothing has moved for {PATIENCE:?}"));
@@ -180,13 +205,18 @@ async fn work(args: &RunArgs, purchases: &[Purchase], fleet: &Arc<Fleet>) -> any
 }
 
 /// Reads the evidence, with the broker running and the services stopped, and reconciles; stops the broker.
-async fn look(purchases: &[Purchase], work_dir: &WorkDir, fleet: &Fleet) -> anyhow::Result<Reconciliation> {
+async fn look(
+    purchases: &[Purchase],
+    expected: &Expected,
+    work_dir: &WorkDir,
+    fleet: &Fleet,
+) -> anyhow::Result<Reconciliation> {
     let client = service::connect(&fleet.broker, "order-flow-reconcile").await?;
     let log = LogEvidence::read(&client).await.context("cannot read the log")?;
     fleet.stop(Role::Broker).await?;
     let files = work_dir.files();
     let evidence = tokio::task::spawn_blocking(move || Evidence::gather(&files, log)).await??;
-    Ok(reconcile(purchases, &evidence))
+    Ok(reconcile(purchases, expected, &evidence))
 }
 
 /// Prints the outcome. True when everything reconciles.

@@ -19,6 +19,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::timeout;
 
 use super::work_dir::WorkDir;
+use crate::input::Purchase;
 use crate::seeded::Seeded;
 use crate::service::READY;
 
@@ -69,11 +70,22 @@ struct Process {
 
 impl Fleet {
     /// Prepares the processes of a run; starts none.
-    pub(crate) fn new(work_dir: &WorkDir, seed: u64) -> anyhow::Result<Self> {
+    pub(crate) fn new(work_dir: &WorkDir, seed: u64, poison: Option<&Purchase>) -> anyhow::Result<Self> {
         let [broker_port, order_port] = free_ports()?;
         let broker = format!("127.0.0.1:{broker_port}");
         let order = format!("127.0.0.1:{order_port}");
         let files = work_dir.files();
+        let mut payment = vec![
+            ("--broker", OsString::from(&broker)),
+            ("--database", files.payments.into()),
+            ("--gateway", files.gateway.into()),
+            ("--seed", OsString::from(seed.to_string())),
+        ];
+        if let Some(poison) = poison {
+            // Played with an outage, beside which the gateway has no whims of its own.
+            payment.push(("--poison", OsString::from(format!("{}:{}", poison.customer, poison.cents))));
+            payment.push(("--steady-gateway", OsString::from("true")));
+        }
         let process = |role: Role, options: &[(&str, OsString)]| {
             let mut arguments = vec![OsString::from(role.name()), OsString::from("--end-with-parent")];
             for (name, value) in options {
@@ -96,15 +108,7 @@ impl Fleet {
                     ("--database", files.orders.into()),
                 ],
             ),
-            process(
-                Role::Payment,
-                &[
-                    ("--broker", OsString::from(&broker)),
-                    ("--database", files.payments.into()),
-                    ("--gateway", files.gateway.into()),
-                    ("--seed", OsString::from(seed.to_string())),
-                ],
-            ),
+            process(Role::Payment, &payment),
             process(
                 Role::Email,
                 &[

@@ -5,7 +5,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, ensure};
 use tempfile::TempDir;
 
+use super::scenario::Expected;
 use crate::reconcile::LocalFiles;
+
+/// The purchases, as they were read.
+const INPUT: &str = "purchases.txt";
+const EXPECTED: &str = "expected.json";
 
 /// Paths below the run's directory; a temporary one is removed in the end.
 #[derive(Debug)]
@@ -41,6 +46,27 @@ impl WorkDir {
     pub(crate) fn open(root: &Path) -> anyhow::Result<Self> {
         ensure!(root.join("broker").is_dir(), "{} holds no run", root.display());
         Ok(Self { root: root.canonicalize()?, temporary: None })
+    }
+
+    /// Keeps what the run is to be held against, for a later look.
+    pub(crate) fn keep_input(&self, text: &str, expected: &Expected) -> anyhow::Result<()> {
+        std::fs::write(self.root.join(INPUT), text)
+            .and_then(|()| std::fs::write(self.root.join(EXPECTED), serde_json::to_vec(expected)?))
+            .context("cannot keep the input of the run")
+    }
+
+    /// What [`WorkDir::keep_input`] kept.
+    pub(crate) fn input(&self) -> anyhow::Result<(String, Expected)> {
+        let read = |name| {
+            std::fs::read_to_string(self.root.join(name))
+                .with_context(|| format!("{} holds no whole run: cannot read {name}", self.root.display()))
+        };
+        Ok((read(INPUT)?, serde_json::from_str(&read(EXPECTED)?).context(EXPECTED)?))
+    }
+
+    /// Removes a temporary directory, which takes a while when it holds many files. Blocks on the disk.
+    pub(crate) fn remove(self) -> anyhow::Result<()> {
+        self.temporary.map_or(Ok(()), TempDir::close).context("cannot remove the run's data")
     }
 
     pub(crate) fn broker(&self) -> PathBuf {
