@@ -76,7 +76,7 @@ async fn a_record_at_the_limit_is_dead_lettered_read_and_redriven() {
     assert_eq!(letter.value.as_deref().map(<[u8]>::len), Some(length));
     assert_eq!(letter.header("__dlq.errors.detail").map(<[u8]>::len), Some(8_000));
     let redriven = soon(admin.redrive("payment", "orders", RedriveTarget::Group)).await.unwrap();
-    assert_eq!(redriven.moved, 1);
+    assert_eq!(redriven.redriven, 1);
     let again = soon(payment.next()).await.unwrap();
     assert_eq!(again.value.as_deref().map(<[u8]>::len), Some(length));
     server.shutdown().await;

@@ -117,7 +117,7 @@ fn the_end_of_a_command_acks_rejects_or_has_its_record_tried_again() {
     let report = report(&output);
     let counts = ["acked", "rejected", "nacked"].map(|count| report[count].as_u64().unwrap());
     assert_eq!(counts, [3, 1, 4], "{}", text(&output.stderr));
-    let letters = queue.ok(&["dlq", "show", "dlq.g.t"]);
+    let letters = queue.ok(&["dlq", "show", "dlq.g.t", "--output", "json"]);
     let mut letters: Vec<Value> = letters.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     letters.sort_by_key(|letter| letter["key"].to_string());
     let header = |letter: &Value, name: &str| {

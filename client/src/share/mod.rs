@@ -6,6 +6,7 @@
 //! handler with bounded concurrency: a closure or a tower service ([`handler`]), which answers an [`outcome`]; [`breaker`] is a
 //! layer around it that keeps records away while what it depends on is down.
 
+mod attempt;
 mod breaker;
 mod complete;
 mod delivery;
@@ -28,13 +29,13 @@ use tokio::task::JoinHandle;
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::producer::Level;
+pub use attempt::WorkerReport;
 pub use breaker::{Breaker, Guarded};
 pub use delivery::{Delivery, Lease, Nack, Reject, SettleResult};
 pub use handler::{HandlerFn, json};
 pub use outcome::Outcome;
 use settler::Settler;
 use task::Task;
-pub use worker::WorkerReport;
 
 pub use felucca_protocol::message::{RecordState, SettleStatus};
 

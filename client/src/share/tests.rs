@@ -8,7 +8,9 @@ use bytes::Bytes;
 use felucca_protocol::{Api, ErrorCode, message};
 use tokio::sync::Notify;
 
-use super::{Breaker, Delivery, Nack, Outcome, SettleStatus, ShareConsumer, ShareConsumerBuilder, json};
+use super::{
+    Breaker, Delivery, HandlerFn, Nack, Outcome, SettleStatus, ShareConsumer, ShareConsumerBuilder, json,
+};
 use crate::record::Record;
 use crate::testing::{Asked, FakeBroker, FakeConnection, QUIET, numbered, soon, topic_id};
 
@@ -640,5 +642,35 @@ async fn while_the_handlers_dependency_is_down_the_subscription_pauses_and_then_
         }
     }
     assert_eq!(granted, 8, "all of the prefetch again");
+    running.abort();
+}
+
+#[tokio::test]
+async fn a_service_with_towers_layers_is_served_and_its_errors_are_nacks() {
+    let broker = FakeBroker::start().await;
+    let (client, mut connection) = broker.client().await;
+    let (member, subscription) = joined(&mut connection, client.share_consumer("g")).await;
+    lease(&mut connection, subscription, 0..2, LEASE_MS).await;
+    connection.metadata("t", 1).await;
+    let handler = HandlerFn(|delivery: Delivery| async move {
+        match delivery.offset {
+            0 => std::future::pending().await,
+            _ => Outcome::Ack,
+        }
+    });
+    let service = tower::ServiceBuilder::new()
+        .concurrency_limit(1)
+        .timeout(Duration::from_millis(50))
+        .layer(Breaker::new(3))
+        .service(handler);
+    let running = tokio::spawn(member.serve(service, std::future::pending()));
+    let mut all = Vec::new();
+    while all.len() < 2 {
+        let (settlements, details) = soon(next_settled(&mut connection)).await;
+        all.extend(settlements.into_iter().zip(details));
+    }
+    assert_eq!(all[0].0, (0, message::Outcome::Nack));
+    assert_eq!((&*all[0].1.class, &*all[0].1.reason), ("service", "request timed out"));
+    assert_eq!(all[1].0, (1, message::Outcome::Ack), "one after the other");
     running.abort();
 }
