@@ -45,8 +45,8 @@ pub enum Start {
 /// read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OutOfRange {
-    /// The consumer ends with [`ErrorCode::OffsetOutOfRange`](crate::ErrorCode::OffsetOutOfRange), so that no record is passed
-    /// over unnoticed; its committed position stays.
+    /// The consumer ends with [`ErrorCode::OffsetOutOfRange`], so that no record is passed over unnoticed; its committed position
+    /// stays.
     #[default]
     Fail,
     /// Reads on with the oldest record that is left.
