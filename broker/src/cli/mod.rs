@@ -253,10 +253,9 @@ mod tests {
         examples(&mut Cli::command(), &mut found);
         assert!(found.len() > 20, "{} examples", found.len());
         for line in found {
-            let words =
-                line.split(" | ").next().unwrap().split(" > ").next().unwrap().split(" < ").next().unwrap();
-            let words =
-                ["felucca"].into_iter().chain(words.split_whitespace().map(|word| word.trim_matches('\'')));
+            let words = shlex::split(&line).unwrap().into_iter();
+            let words = words.take_while(|word| !["|", "<", ">"].contains(&word.as_str()));
+            let words = ["felucca".to_owned()].into_iter().chain(words);
             if let Err(error) = Cli::try_parse_from(words) {
                 panic!("{line}: {error}");
             }
