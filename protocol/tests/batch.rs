@@ -4,7 +4,7 @@
 use bytes::{Bytes, BytesMut};
 use felucca_protocol::batch::{
     self, BatchBuilder, BatchError, BatchHeader, BatchLimits, Compression, HEADER_LEN, Header,
-    MAX_BATCH_BYTES, Record, RecordFault,
+    MAX_BATCH_BYTES, Record, RecordFault, RecordPlaces,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -344,6 +344,57 @@ fn a_filter_refuses_offsets_that_are_not_there_or_not_ascending() {
     assert_eq!(batch::filter(&bytes, &[501, 501]), Err(BatchError::NoSuchOffset(501)));
 }
 
+/// Filters by reading the records that are wanted from the batch, as from a file.
+fn filter_at_places(places: &RecordPlaces, file: &[u8], offsets: &[u64]) -> Result<Bytes, BatchError> {
+    places.filter(offsets, |at, buffer| {
+        buffer.copy_from_slice(&file[at as usize..at as usize + buffer.len()]);
+        Ok(())
+    })
+}
+
+#[test]
+fn records_are_read_one_by_one_at_their_places() {
+    let bytes = three(Compression::None);
+    let places = RecordPlaces::of(&bytes).unwrap().unwrap();
+    let mut reads = Vec::new();
+    let filtered = places.filter::<BatchError>(&[500, 502], |at, buffer| {
+        reads.push((at as usize, buffer.len()));
+        buffer.copy_from_slice(&bytes[at as usize..at as usize + buffer.len()]);
+        Ok(())
+    });
+    assert_eq!(filtered, batch::filter(&bytes, &[500, 502]));
+    assert_eq!(reads.len(), 2);
+    assert_eq!((reads[0].0, reads[1].0 + reads[1].1), (HEADER_LEN, bytes.len()));
+    assert!(reads[0].1 + reads[1].1 < bytes.len() - HEADER_LEN);
+    for offsets in [&[499][..], &[502, 503], &[501, 500], &[501, 501]] {
+        let wrong = offsets.iter().find(|offset| !(500..=502).contains(*offset)).or(offsets.last());
+        assert_eq!(
+            filter_at_places(&places, &bytes, offsets),
+            Err(BatchError::NoSuchOffset(*wrong.unwrap()))
+        );
+    }
+    assert_eq!(filter_at_places(&places, &bytes, &[]), Err(BatchError::Empty));
+}
+
+#[test]
+fn records_that_are_compressed_or_have_gaps_have_no_places() {
+    let gap = batch::filter(&three(Compression::None), &[500, 502]).unwrap();
+    assert_eq!(RecordPlaces::of(&gap), Ok(None));
+    assert_eq!(RecordPlaces::of(&three(Compression::Lz4)), Ok(None));
+}
+
+#[test]
+fn a_record_that_changed_under_its_place_is_noticed() {
+    let bytes = three(Compression::None);
+    let places = RecordPlaces::of(&bytes).unwrap().unwrap();
+    for at in HEADER_LEN..bytes.len() {
+        let mut damaged = bytes.to_vec();
+        damaged[at] ^= 1;
+        let filtered = filter_at_places(&places, &damaged, &[500, 501, 502]);
+        assert!(matches!(filtered, Err(BatchError::Crc { .. })), "{at}: {filtered:?}");
+    }
+}
+
 #[test]
 fn a_concatenation_comes_apart_until_it_is_damaged() {
     let one = three(Compression::None);
@@ -376,6 +427,9 @@ fn try_everything(bytes: &Bytes) {
     let valid = batch::validate(bytes, &LIMITS).is_ok();
     let _ = batch::check(bytes);
     let _ = batch::filter(bytes, &[0, 2]);
+    if let Ok(Some(places)) = RecordPlaces::of(bytes) {
+        filter_at_places(&places, bytes, &[places.header().base_offset]).unwrap();
+    }
     for part in batch::split(bytes).flatten() {
         let _ = BatchHeader::parse(&part);
     }
@@ -427,7 +481,11 @@ proptest! {
         let mut kept = all(&bytes);
         kept.retain(|record| choice >> record.offset & 1 == 1);
         let offsets: Vec<u64> = kept.iter().map(|record| record.offset).collect();
-        match batch::filter(&bytes, &offsets) {
+        let filtered = batch::filter(&bytes, &offsets);
+        if let Some(places) = RecordPlaces::of(&bytes).unwrap() {
+            prop_assert_eq!(&filter_at_places(&places, &bytes, &offsets), &filtered);
+        }
+        match filtered {
             Ok(filtered) => {
                 batch::check(&filtered).unwrap();
                 prop_assert_eq!(all(&filtered), kept);

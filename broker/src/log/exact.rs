@@ -7,7 +7,7 @@ use felucca_protocol::batch::{self, BatchError, BatchHeader};
 
 use super::error::ReadError;
 use super::segment::PlacedBatch;
-use super::view::ReadView;
+use super::view::{ReadView, Reread};
 
 /// Bytes read at a time.
 const READ_BYTES: usize = 256 << 10;
@@ -39,7 +39,7 @@ impl ReadView {
     /// # Errors
     /// One of them cannot be read; which, and why.
     pub fn read_exactly_from_memory(&self, offsets: &[u64]) -> Result<Option<Vec<Bytes>>, ExactReadError> {
-        exactly(offsets, |offset, max_bytes| self.reread_memory(offset, max_bytes))
+        self.exactly(offsets, Depth::Memory)
     }
 
     /// As [`Self::read_exactly_from_memory`], reading from disk what is not in memory, on one of a bounded number of
@@ -52,44 +52,80 @@ impl ReadView {
         if let Some(found) = self.read_exactly_from_memory(&offsets)? {
             return Ok(found);
         }
-        let on_disk = self.on_disk_thread(move |view| {
-            Ok(exactly(&offsets, |offset, max_bytes| view.read_kept(offset, max_bytes).map(Some)))
-        });
-        // Every read answers, so there is something.
+        let on_disk = self.on_disk_thread(move |view| Ok(view.exactly(&offsets, Depth::Disk)));
+        // On disk there is an answer to everything.
         on_disk.await.map_err(|cause| ExactReadError::Read { offset, cause })?.map(Option::unwrap_or_default)
+    }
+
+    fn exactly(&self, offsets: &[u64], depth: Depth) -> Result<Option<Vec<Bytes>>, ExactReadError> {
+        let span = offsets.last().zip(offsets.first()).map_or(0, |(last, first)| last - first);
+        let close = span / 4 < offsets.len() as u64;
+        let mut found = Vec::new();
+        let mut rest = offsets;
+        while let Some(&offset) = rest.first() {
+            let part =
+                self.part(rest, close, depth).map_err(|cause| ExactReadError::Read { offset, cause })?;
+            let batches = match part {
+                Some(Part::Batches(batches)) => batches,
+                Some(Part::Records(records, count)) => {
+                    found.push(records);
+                    rest = &rest[count..];
+                    continue;
+                }
+                None => return Ok(None),
+            };
+            let before = rest.len();
+            for batch in batches {
+                let corrupt = |cause| ExactReadError::Batch { offset, cause };
+                let header = BatchHeader::parse(&batch.bytes).map_err(corrupt)?;
+                let within = rest.partition_point(|offset| *offset <= header.last_offset());
+                if within > 0 {
+                    let (wanted, later) = rest.split_at(within);
+                    found.push(batch::filter(&batch.bytes, wanted).map_err(corrupt)?);
+                    rest = later;
+                }
+            }
+            if rest.len() == before {
+                return Err(ExactReadError::Missing { offset });
+            }
+        }
+        Ok(Some(found))
+    }
+
+    /// Something with the first of `offsets`; `None` when it is on disk and that is too deep.
+    fn part(&self, offsets: &[u64], close: bool, depth: Depth) -> Result<Option<Part>, ReadError> {
+        let Some(&offset) = offsets.first() else { return Ok(None) };
+        // Of records that lie far apart, one batch at a time.
+        let max_bytes = if close { READ_BYTES } else { 0 };
+        match (self.reread_memory(offset, max_bytes)?, depth) {
+            (Some(Reread::Batches(batches)), _) => return Ok(Some(Part::Batches(batches))),
+            (_, Depth::Memory) => return Ok(None),
+            (Some(Reread::Places(places)), Depth::Disk) => {
+                // Whatever is wrong: what follows finds it out and says so.
+                if let Some(few) = places.few(offsets)
+                    && let Ok(records) = places.read(&self.context().files, few)
+                {
+                    return Ok(Some(Part::Records(records, few.len())));
+                }
+            }
+            (None, Depth::Disk) => {}
+        }
+        let batches =
+            if close { self.read_kept(offset, max_bytes) } else { self.read_keeping_places(offset) };
+        batches.map(|batches| Some(Part::Batches(batches)))
     }
 }
 
-/// `read` gives the batches from an offset on, up to so many bytes, or `None` where it cannot say.
-fn exactly(
-    offsets: &[u64],
-    read: impl Fn(u64, usize) -> Result<Option<Vec<PlacedBatch>>, ReadError>,
-) -> Result<Option<Vec<Bytes>>, ExactReadError> {
-    let span = offsets.last().zip(offsets.first()).map_or(0, |(last, first)| last - first);
-    // Of records that lie far apart, one batch at a time.
-    let max_bytes = if span / 4 < offsets.len() as u64 { READ_BYTES } else { 0 };
-    let mut found = Vec::new();
-    let mut rest = offsets;
-    while let Some(&offset) = rest.first() {
-        let batches = match read(offset, max_bytes) {
-            Ok(Some(batches)) => batches,
-            Ok(None) => return Ok(None),
-            Err(cause) => return Err(ExactReadError::Read { offset, cause }),
-        };
-        let before = rest.len();
-        for batch in batches {
-            let corrupt = |cause| ExactReadError::Batch { offset, cause };
-            let header = BatchHeader::parse(&batch.bytes).map_err(corrupt)?;
-            let within = rest.partition_point(|offset| *offset <= header.last_offset());
-            if within > 0 {
-                let (wanted, later) = rest.split_at(within);
-                found.push(batch::filter(&batch.bytes, wanted).map_err(corrupt)?);
-                rest = later;
-            }
-        }
-        if rest.len() == before {
-            return Err(ExactReadError::Missing { offset });
-        }
-    }
-    Ok(Some(found))
+/// How far to go for records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Depth {
+    Memory,
+    Disk,
+}
+
+#[derive(Debug)]
+enum Part {
+    Batches(Vec<PlacedBatch>),
+    /// A batch of what was asked for first, so many.
+    Records(Bytes, usize),
 }

@@ -1,81 +1,181 @@
 //! What was read from disk for share groups, kept for a while: a scan passes over records that are handed out a little later,
 //! and a batch is asked for once by every member that gets some of its records.
 //!
-//! Invariants: a kept batch is whole, in its segment, and was visible. Whoever finds one asks the view first whether its
-//! offset is still there.
+//! Kept are whole batches, where most of their records are asked for at a time; or only the places of their records, where it
+//! is now and then one of them (the heads of keys that are worked through one after the other lie far apart), so that it can
+//! be read without the others.
+//!
+//! Invariants: a kept batch is whole, in its segment, and was visible; places are those of such a batch. Whoever finds one
+//! asks the view first whether its offset is still there.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use bytes::Bytes;
+use felucca_protocol::batch::{BatchError, RecordPlaces};
 use parking_lot::Mutex;
 
+use super::files::SegmentFiles;
 use super::lru::Lru;
 use super::segment::PlacedBatch;
+use crate::engine::effect::SegmentName;
 use crate::engine::types::PartitionKey;
 
 /// What a run pins beyond its batches: the rest of the buffer that it was read into.
 const SLACK: usize = 64 << 10;
 
-/// A partition and the first offset of a run.
+/// A partition and the first offset of what is kept.
 type Place = (PartitionKey, u64);
 
-/// Batches that were read in one go, without one missing in between.
-type Run = Arc<[PlacedBatch]>;
+#[derive(Clone, Debug)]
+enum Kept {
+    /// Batches that were read in one go, without one missing in between.
+    Run(Arc<[PlacedBatch]>),
+    Places(Arc<BatchPlaces>),
+}
 
-/// The runs of all partitions, within one limit of bytes.
+/// What the cache has of an offset.
 #[derive(Debug)]
-pub(super) struct RereadCache(Mutex<Runs>);
+pub(super) enum Found {
+    Batch(PlacedBatch),
+    Places(Arc<BatchPlaces>),
+}
+
+/// Where the records of a batch stand in their segment.
+#[derive(Debug)]
+pub(super) struct BatchPlaces {
+    segment: SegmentName,
+    position: u64,
+    records: RecordPlaces,
+}
+
+/// Why records cannot be read at their places.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PlacesError {
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+}
+
+impl BatchPlaces {
+    /// Batches with fewer records, or smaller ones, are as well read whole.
+    const MIN_RECORDS: u32 = 4;
+    const MIN_BYTES: usize = 8 << 10;
+
+    /// `None` when it is better to read the batch whole.
+    fn of(batch: &PlacedBatch) -> Option<Self> {
+        if batch.bytes.len() < Self::MIN_BYTES {
+            return None;
+        }
+        // Whoever wants a record of a malformed batch finds out by reading it.
+        let records = RecordPlaces::of(&batch.bytes).ok().flatten()?;
+        let enough = records.header().record_count >= Self::MIN_RECORDS;
+        enough.then(|| Self { segment: batch.segment.name(), position: batch.position, records })
+    }
+
+    /// The first of the (ascending) `offsets` that are of this batch, and whether it is worth reading them one by one.
+    pub(super) fn few<'o>(&self, offsets: &'o [u64]) -> Option<&'o [u64]> {
+        let header = self.records.header();
+        let within = offsets.partition_point(|offset| *offset <= header.last_offset());
+        let few = within as u64 * 4 <= u64::from(header.record_count);
+        (few && within > 0).then(|| &offsets[..within])
+    }
+
+    /// A batch of the records at `offsets`, all of them of this one. Blocks on the disk.
+    ///
+    /// # Errors
+    /// Also when the file has gone or has changed: the batch is to be read as if nothing had been known.
+    pub(super) fn read(&self, files: &SegmentFiles, offsets: &[u64]) -> Result<Bytes, PlacesError> {
+        let file = files.open(self.segment)?;
+        self.records.filter(offsets, |at, buffer| {
+            let wanted = buffer.len();
+            let read = file.read_full_at(buffer, self.position + u64::from(at))?;
+            if read < wanted {
+                Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into())
+            } else {
+                Ok(())
+            }
+        })
+    }
+}
+
+/// What is kept of all partitions, within one limit of bytes.
+#[derive(Debug)]
+pub(super) struct RereadCache(Mutex<Inner>);
 
 #[derive(Debug)]
-struct Runs {
-    runs: Lru<Place, (Place, Run)>,
+struct Inner {
+    kept: Lru<Place, (Place, Kept)>,
     places: BTreeSet<Place>,
 }
 
 impl RereadCache {
     pub(super) fn new(limit: usize) -> Self {
-        Self(Mutex::new(Runs { runs: Lru::new(limit), places: BTreeSet::new() }))
+        Self(Mutex::new(Inner { kept: Lru::new(limit), places: BTreeSet::new() }))
     }
 
-    /// The batch that holds `offset`, or the first above it in the same run.
-    pub(super) fn find(&self, partition: PartitionKey, offset: u64) -> Option<PlacedBatch> {
-        let mut kept = self.0.lock();
-        let place = *kept.places.range(..=(partition, offset)).next_back()?;
+    /// The batch that holds `offset`, or the first above it in the same run; or where its records stand.
+    pub(super) fn find(&self, partition: PartitionKey, offset: u64) -> Option<Found> {
+        let mut inner = self.0.lock();
+        let place = *inner.places.range(..=(partition, offset)).next_back()?;
         if place.0 != partition {
             return None;
         }
-        let (_, run) = kept.runs.get(&place)?;
-        drop(kept);
-        let at = run.partition_point(|batch| batch.last_offset < offset);
-        run.get(at).cloned()
+        let (_, kept) = inner.kept.get(&place)?;
+        drop(inner);
+        match kept {
+            Kept::Run(run) => {
+                let at = run.partition_point(|batch| batch.last_offset < offset);
+                run.get(at).cloned().map(Found::Batch)
+            }
+            Kept::Places(places) => {
+                (offset <= places.records.header().last_offset()).then_some(Found::Places(places))
+            }
+        }
     }
 
     /// Keeps batches that were read in one go.
     pub(super) fn keep(&self, partition: PartitionKey, batches: &[PlacedBatch]) {
         let Some(first) = batches.first() else { return };
-        let place = (partition, first.base_offset);
         let weight = SLACK + batches.iter().map(|batch| batch.bytes.len()).sum::<usize>();
-        let mut kept = self.0.lock();
-        let evicted = kept.runs.insert(place, (place, batches.into()), weight);
-        for (evicted, _) in &evicted {
-            kept.places.remove(evicted);
+        self.insert((partition, first.base_offset), Kept::Run(batches.into()), weight);
+    }
+
+    /// Keeps where the records of a batch stand, or the batch where that is better.
+    pub(super) fn keep_places(&self, partition: PartitionKey, batch: &PlacedBatch) {
+        match BatchPlaces::of(batch) {
+            Some(places) => {
+                let weight = size_of::<BatchPlaces>() + places.records.memory();
+                self.insert((partition, batch.base_offset), Kept::Places(Arc::new(places)), weight);
+            }
+            None => self.keep(partition, std::slice::from_ref(batch)),
         }
-        kept.places.insert(place);
-        drop(kept);
+    }
+
+    fn insert(&self, place: Place, kept: Kept, weight: usize) {
+        let mut inner = self.0.lock();
+        let evicted = inner.kept.insert(place, (place, kept), weight);
+        for (evicted, _) in &evicted {
+            inner.places.remove(evicted);
+        }
+        inner.places.insert(place);
+        drop(inner);
     }
 
     /// Frees what is kept of a partition that is gone.
     pub(super) fn forget(&self, partition: PartitionKey) {
-        let mut kept = self.0.lock();
-        let places: Vec<Place> = kept.places.range((partition, 0)..=(partition, u64::MAX)).copied().collect();
+        let mut inner = self.0.lock();
+        let places: Vec<Place> =
+            inner.places.range((partition, 0)..=(partition, u64::MAX)).copied().collect();
         let forgotten: Vec<_> = places
             .into_iter()
             .map(|place| {
-                kept.places.remove(&place);
-                kept.runs.remove(&place)
+                inner.places.remove(&place);
+                inner.kept.remove(&place)
             })
             .collect();
-        drop(kept);
+        drop(inner);
         drop(forgotten);
     }
 }
@@ -109,7 +209,10 @@ mod tests {
     }
 
     fn found(cache: &RereadCache, partition: PartitionKey, offset: u64) -> Option<u64> {
-        cache.find(partition, offset).map(|batch| batch.base_offset)
+        match cache.find(partition, offset)? {
+            Found::Batch(batch) => Some(batch.base_offset),
+            Found::Places(places) => Some(places.records.header().base_offset),
+        }
     }
 
     #[test]

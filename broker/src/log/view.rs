@@ -23,7 +23,7 @@ use tokio::sync::{Notify, Semaphore};
 
 use super::error::ReadError;
 use super::files::SegmentFiles;
-use super::reread::RereadCache;
+use super::reread::{BatchPlaces, Found, RereadCache};
 use super::segment::{PlacedBatch, Segment};
 use super::tail::{Tail, TailBudget, TailRead};
 use crate::engine::PartitionInfo;
@@ -47,6 +47,13 @@ pub(super) enum Reader {
     Anybody,
     /// Also what is kept below it.
     ShareGroup,
+}
+
+/// What is in memory from an offset on.
+#[derive(Debug)]
+pub(super) enum Reread {
+    Batches(Vec<PlacedBatch>),
+    Places(Arc<BatchPlaces>),
 }
 
 /// One partition as readers see it.
@@ -239,7 +246,7 @@ impl ReadView {
 
     /// As [`Self::read`] for share groups, and keeps for a while what it reads from disk; for [`Self::reread_memory`].
     pub(super) fn read_kept(&self, offset: u64, max_bytes: usize) -> Result<Vec<PlacedBatch>, ReadError> {
-        if let Some(batches) = self.reread_memory(offset, max_bytes)? {
+        if let Some(Reread::Batches(batches)) = self.reread_memory(offset, max_bytes)? {
             return Ok(batches);
         }
         let batches = self.read_placed(Reader::ShareGroup, offset, max_bytes)?;
@@ -247,14 +254,24 @@ impl ReadView {
         Ok(batches)
     }
 
-    /// As [`Self::read_memory`], also from what was kept: of that, one batch.
-    pub(super) fn reread_memory(
-        &self,
-        offset: u64,
-        max_bytes: usize,
-    ) -> Result<Option<Vec<PlacedBatch>>, ReadError> {
-        let found = self.read_memory(Reader::ShareGroup, offset, max_bytes)?;
-        Ok(found.or_else(|| self.context.rereads.find(self.partition, offset).map(|batch| vec![batch])))
+    /// As [`Self::read_kept`], one batch of which few records are wanted: keeps no more than where they stand.
+    pub(super) fn read_keeping_places(&self, offset: u64) -> Result<Vec<PlacedBatch>, ReadError> {
+        let batches = self.read_placed(Reader::ShareGroup, offset, 0)?;
+        if let Some(batch) = batches.first() {
+            self.context.rereads.keep_places(self.partition, batch);
+        }
+        Ok(batches)
+    }
+
+    /// As [`Self::read_memory`], also from what was kept: of that, one batch, or where its records stand.
+    pub(super) fn reread_memory(&self, offset: u64, max_bytes: usize) -> Result<Option<Reread>, ReadError> {
+        if let Some(batches) = self.read_memory(Reader::ShareGroup, offset, max_bytes)? {
+            return Ok(Some(Reread::Batches(batches)));
+        }
+        Ok(self.context.rereads.find(self.partition, offset).map(|found| match found {
+            Found::Batch(batch) => Reread::Batches(vec![batch]),
+            Found::Places(places) => Reread::Places(places),
+        }))
     }
 
     pub(super) fn read_placed(

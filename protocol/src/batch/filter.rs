@@ -43,18 +43,28 @@ pub fn filter(batch: &Bytes, offsets: &[u64]) -> Result<Bytes, BatchError> {
     if offsets.len() == header.record_count as usize && batch.len() == header.length as usize {
         return Ok(batch.clone());
     }
-    let filtered = BatchHeader {
-        attributes: header.attributes & !COMPRESSION_BITS,
-        max_timestamp,
-        // No more than the batch's own count, for each was found there.
-        record_count: offsets.len() as u32,
-        ..header
-    };
-    filtered.seal(&mut kept);
-    Ok(kept.freeze())
+    // No more than the batch's own count, for each was found there.
+    Ok(seal_part(&header, kept, offsets.len() as u32, max_timestamp))
 }
 
 const COMPRESSION_BITS: u16 = 0b111;
+
+/// Makes a batch of some records of a batch: `kept` has them, uncompressed, behind room for the header.
+pub(super) fn seal_part(
+    header: &BatchHeader,
+    mut kept: BytesMut,
+    record_count: u32,
+    max_timestamp: i64,
+) -> Bytes {
+    let part = BatchHeader {
+        attributes: header.attributes & !COMPRESSION_BITS,
+        max_timestamp,
+        record_count,
+        ..*header
+    };
+    part.seal(&mut kept);
+    kept.freeze()
+}
 
 /// A guess at the bytes of `kept` of `count` records: their share of all.
 fn room(records: &[u8], kept: usize, count: u32) -> usize {

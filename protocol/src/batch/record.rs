@@ -24,7 +24,7 @@ pub(super) struct RawRecord<'a> {
 
 impl<'a> RawRecord<'a> {
     #[inline(always)]
-    fn take(input: &mut &'a [u8]) -> Result<Self, RecordFault> {
+    pub(super) fn take(input: &mut &'a [u8]) -> Result<Self, RecordFault> {
         let start = *input;
         let length = usize::try_from(take_i32(input)?).map_err(|_| RecordFault::Length)?;
         let (mut body, rest) = input.split_at_checked(length).ok_or(RecordFault::Truncated)?;

@@ -138,3 +138,28 @@ proptest! {
         prop_assert!(offset == header.base_offset || (12..16).contains(&byte));
     }
 }
+
+#[test]
+fn a_flipped_bit_below_a_known_place_is_noticed_and_named() {
+    let disk = MemDisk::new();
+    let log = start(&disk, &forgetful());
+    let mut model = Model::new(0, 1 << 20);
+    model.create(&log);
+    model.append(&log, &[1; 100], 1000);
+    model.append(&log, &[2; 100], 1000);
+    model.publish(&log);
+    log.sync().unwrap();
+    let view = model.view(&log);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let read = |offset| runtime.block_on(view.read_exactly(vec![offset, offset + 50]));
+    read(10).unwrap();
+    // Of the record at 29 or 30, which the next two do not look at.
+    flip(&disk, &path(model.info.segments[0].0, "log"), 31_000, 3);
+    assert_eq!(batch::records(&read(20).unwrap()[0]).unwrap().count(), 2);
+    assert_eq!(batch::records(&read(49).unwrap()[0]).unwrap().count(), 2);
+    let damaged: Vec<_> =
+        (0..50).filter_map(|offset| read(offset).err().map(|error| (offset, error))).collect();
+    assert_eq!(damaged.len(), 1, "{damaged:?}");
+    assert!((29..=30).contains(&damaged[0].0) && damaged[0].1.to_string().contains("CRC"), "{damaged:?}");
+    read(120).unwrap();
+}
