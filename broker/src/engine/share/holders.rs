@@ -14,6 +14,7 @@ pub(crate) struct Holding {
 #[derive(Debug, Default)]
 pub(crate) struct Holders {
     by_member: BTreeMap<Arc<str>, Holding>,
+    leases: u64,
 }
 
 impl Holders {
@@ -21,9 +22,15 @@ impl Holders {
         self.by_member.get(member).copied().unwrap_or_default()
     }
 
+    /// Leases of all members together.
+    pub(crate) fn leases(&self) -> u64 {
+        self.leases
+    }
+
     pub(crate) fn granted(&mut self, member: &Arc<str>, alone: bool) {
         let holding = self.by_member.entry(member.clone()).or_default();
         holding.leases += 1;
+        self.leases += 1;
         holding.alone |= alone;
     }
 
@@ -31,6 +38,7 @@ impl Holders {
     pub(crate) fn ended(&mut self, member: &str) {
         if let Some(holding) = self.by_member.get_mut(member) {
             holding.leases -= 1;
+            self.leases -= 1;
             if holding.leases == 0 {
                 self.by_member.remove(member);
             }

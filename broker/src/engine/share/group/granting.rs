@@ -15,6 +15,8 @@ use crate::engine::types::{LeaseId, PartitionKey, SubscriptionId};
 
 /// Records granted to one member in one turn, so that members and partitions share what is ready.
 const GRANT_QUANTUM: usize = 256;
+/// Of what members hold on average, this part may be granted to one of them before it is the next one's turn.
+const HELD_PER_GRANTED: u64 = 4;
 /// Offsets that one scan may report.
 const SCAN_RECORDS: usize = queue::LOOKAHEAD;
 /// The same while the budget of memory is spent.
@@ -198,6 +200,7 @@ impl ShareGroup {
     fn grant(&mut self, stage: &mut Stage<'_>, key: PartitionKey, id: SubscriptionId, alone: bool) -> bool {
         let room = self.ledger.outage.room(stage.now.monotonic_ms);
         let Some(partition) = self.partitions.get_mut(&key) else { return false };
+        let members = self.subscriptions.len().max(1) as u64;
         let Some(subscription) = self.subscriptions.get_mut(&id) else { return false };
         let leases = partition.state.leases().len() as u64;
         let free = usize::try_from(stage.max_leases.saturating_sub(leases)).unwrap_or(usize::MAX);
@@ -206,7 +209,10 @@ impl ShareGroup {
         }
         let mut allow_new = (partition.state.exceptions().len() as u64) < stage.max_exceptions;
         let end = stage.high_watermarks.get(&key).copied().unwrap_or(0);
-        let share = partition.queue.outlook(end).div_ceil(self.takers.len().max(1)).clamp(1, GRANT_QUANTUM);
+        let fair = partition.queue.outlook(end).div_ceil(self.takers.len().max(1));
+        // Whoever has much in hand does not wait for the next record: then fewer, larger deliveries are better than even ones.
+        let held = self.ledger.holders.leases() / members;
+        let share = fair.max((held / HELD_PER_GRANTED) as usize).clamp(1, GRANT_QUANTUM);
         let mut share = if alone { 1 } else { share.min(room).min(free) };
         if self.budget.is_spent() {
             if partition.is_over_trickle() {

@@ -141,3 +141,30 @@ fn the_time_that_the_broker_was_down_is_not_taken_from_a_lease() {
     bench.advance(1);
     assert_eq!(bench.counts().leased, 0);
 }
+
+/// Eight members hold so many records each, of which one settles four: how many records the deliveries that follow have.
+fn deliveries_after_four_are_settled(held: u32) -> Vec<usize> {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.group(&[("ordering", "key")]);
+    for key in (0..8 * held).chain(0..8 * held) {
+        bench.append(Some(&key.to_be_bytes()), 1).unwrap();
+    }
+    for (id, member) in (1..).zip(["a", "b", "c", "d", "e", "f", "g", "h"]) {
+        bench.subscribe(id, member, held);
+    }
+    let leases: Vec<_> = bench.delivered().into_iter().map(|(lease, _, _)| lease).collect();
+    assert_eq!(leases.len(), 8 * held as usize, "the subscriptions have no credit left");
+    for id in 1..=8 {
+        bench.credit(id, 10);
+    }
+    assert!(bench.delivered().is_empty(), "every key is in somebody's hand");
+    bench.settle_all("a", &leases[..4], &Outcome::Ack);
+    bench.deliveries.drain(..).map(|delivery| delivery.records.len()).collect()
+}
+
+#[test]
+fn members_with_much_in_hand_are_given_a_part_of_it_at_a_time_and_others_one_by_one() {
+    assert_eq!(deliveries_after_four_are_settled(16), [3, 1]);
+    assert_eq!(deliveries_after_four_are_settled(4), [1, 1, 1, 1]);
+}
