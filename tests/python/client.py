@@ -724,6 +724,7 @@ def check_dead_letter(connection, source, partition, group):
         "detail": "line 7",
         "reason": "rejected",
         "id": f"{group}/{source['name']}/{partition}/2",
+        "origin": f"{source['name']}/{partition}/2",
         "consumer": "worker-1",
         "redrive.count": "0",
     }
