@@ -734,7 +734,7 @@ def check_dead_letter(connection, source, partition, group):
 
 def check_redrive(connection, member, source, partition):
     request = {"group": member.group, "source_topic": source["name"], "target": "REDRIVE_TARGET_GROUP"}
-    same(connection.ask("Redrive", **request), {"moved": 1, "refused": 0})
+    same(connection.ask("Redrive", **request), {"redriven": 1, "refused": 0})
     member.give(1)
     ((lease, record, *counts),) = member.take(1)
     (redrives,) = connection.ask("Metadata", topics=[f"redrive.{member.group}.{source['name']}"])["topics"]

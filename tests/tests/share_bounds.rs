@@ -14,14 +14,15 @@ fn alone() -> MutexGuard<'static, ()> {
 /// Memory does not grow after a beginning.
 fn assert_flat(windows: &[Window]) {
     let (first, last) = (windows[2], windows[windows.len() - 1]);
-    assert!(last.resident as f64 <= first.resident as f64 * 1.05, "{windows:#?}");
+    // So small a process wavers by a few hundred KiB.
+    assert!(last.resident as f64 <= first.resident as f64 * 1.05 + 524_288.0, "{windows:#?}");
     assert!(last.charged as f64 <= first.charged as f64 * 1.05 + 65_536.0, "{windows:#?}");
 }
 
 #[test]
 fn acks_above_a_stuck_record_take_no_memory() {
     let _alone = alone();
-    assert_flat(&bounds::acks_above_a_stuck_record(60_000));
+    assert_flat(&bounds::acks_above_a_stuck_record(200_000));
 }
 
 #[test]
