@@ -740,7 +740,9 @@ def check_redrive(connection, member, source, partition):
     (redrives,) = connection.ask("Metadata", topics=[f"redrive.{member.group}.{source['name']}"])["topics"]
     same((lease["topic_id"], lease["partition"], counts), (redrives["id"], partition, [1, 0]))
     same((redrives["kind"], record.value), ("TOPIC_KIND_REDRIVE", b"work 2"))
-    same(record.headers, [("h", b"1"), ("__dlq.errors.redrive.count", b"1")])
+    origin = f"{source['name']}/{partition}/2".encode()
+    redriven = [("__dlq.errors.redrive.count", b"1"), ("__dlq.errors.origin", origin)]
+    same(record.headers, [("h", b"1"), *redriven])
     same(member.settle((lease, "ACK", {})), [("OK", "ACKED", 0)])
     (letters,) = connection.ask("ListDeadLetters", group=member.group)["topics"]
     same((letters["pending"], letters["redriven"]), (0, 1))
