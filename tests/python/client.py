@@ -655,7 +655,7 @@ def check_share_group(connection, results):
         (acked, "ACK", {}),
         (delayed, "NACK", {"delay_ms": delay, "class": "gateway", "reason": "busy"}),
         (rejected, "REJECT", {"class": "bad-order", "reason": "no address", "detail": "line 7"}),
-        (completed, "EXTEND", {"delay_ms": 60_000}),
+        (completed, "EXTEND", {"remaining_ms": 60_000}),
     )
     same([result[:2] for result in ok], [("OK", state) for state in ("ACKED", "SCHEDULED", "DEAD_LETTERED", "LEASED")])
     assert 0 < ok[1][2] <= delay and 30_000 < ok[3][2] <= 60_000, ok

@@ -109,14 +109,15 @@ fn a_command_has_the_value_on_its_input_and_the_rest_in_its_environment() {
 
 #[test]
 fn the_end_of_a_command_acks_rejects_or_has_its_record_tried_again() {
-    let queue = Queue::new("a:0\nb:65\nc:75\nd:3\ne:kill\n", &["backoff-initial=100ms", "max-failures=2"]);
+    let queue =
+        Queue::new("a:0\nb:65\nc:75\nd:3\ne:kill\nf:127\n", &["backoff-initial=100ms", "max-failures=2"]);
     // The second time all that failed succeeds, but for `d`.
     let command = "read v; echo asked for $v >&2; [ $FELUCCA_RECORD_DELIVERY_COUNT = 2 ] && [ $v != 3 ] && exit 0; \
                    [ $v = kill ] && kill -9 $$; exit $v";
     let output = queue.work(command, &["--until-empty", "--concurrency", "2"]).output().unwrap();
     let report = report(&output);
     let counts = ["acked", "rejected", "nacked"].map(|count| report[count].as_u64().unwrap());
-    assert_eq!(counts, [3, 1, 4], "{}", text(&output.stderr));
+    assert_eq!(counts, [4, 1, 5], "{}", text(&output.stderr));
     let letters = queue.ok(&["dlq", "show", "dlq.g.t", "--output", "json"]);
     let mut letters: Vec<Value> = letters.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     letters.sort_by_key(|letter| letter["key"].to_string());

@@ -243,8 +243,17 @@ pub enum Command {
         group: String,
         partition: PartitionKey,
         offset: u64,
-        letter: Result<StagedBatch, String>,
+        letter: Result<StagedBatch, LetterError>,
     },
+}
+
+/// Why a dead letter could not be built.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LetterError {
+    /// The disk failed: it is tried again.
+    Disk,
+    /// The record cannot be read any more, or no letter can be made of it. Trying again does not help.
+    Record(String),
 }
 
 /// Why a command failed. See [`EngineError`].

@@ -235,6 +235,8 @@ const SHARE_KEYS: &[&str] = &[
     "outage-window",
 ];
 const CLASS_KEYS: &[&str] = &["max-failures", "backoff-initial", "backoff-max"];
+/// Longest time between a failure and the next attempt, whoever asks for it.
+pub(crate) const MAX_BACKOFF_MS: u64 = 7 * DAY_MS;
 /// Error classes with settings of their own, and longest name of one in bytes.
 const MAX_CLASSES: usize = 64;
 const MAX_CLASS_BYTES: usize = 128;
@@ -249,7 +251,7 @@ impl ShareConfig {
                 "lease" => self.lease_ms = parse_millis(key, value, 100, 12 * 3_600_000)?,
                 "max-lease" => self.max_lease_ms = parse_millis(key, value, 1_000, 7 * DAY_MS)?,
                 "backoff-initial" => self.backoff_initial_ms = parse_millis(key, value, 0, DAY_MS)?,
-                "backoff-max" => self.backoff_max_ms = parse_millis(key, value, 0, 7 * DAY_MS)?,
+                "backoff-max" => self.backoff_max_ms = parse_millis(key, value, 0, MAX_BACKOFF_MS)?,
                 "backoff-multiplier" => self.backoff_multiplier = parse_number(key, value, 1.0, 100.0)?,
                 "jitter" => self.jitter = parse_number(key, value, 0.0, 1.0)?,
                 "max-failures" => self.max_failures = parse_number(key, value, 1, MAX_FAILURES)?,

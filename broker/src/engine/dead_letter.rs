@@ -25,7 +25,7 @@ pub struct DeadLetterContext {
     pub offset: u64,
     pub deliveries: u32,
     pub failures: u32,
-    /// `max_failures`, `max_deliveries`, `rejected`, `lease_expired`, `member_lost` or `undecodable`.
+    /// `max_failures`, `max_deliveries`, `rejected`, `lease_expired` or `member_lost`.
     pub reason: &'static str,
     pub class: String,
     pub message: String,

@@ -4,7 +4,8 @@ use bytes::Bytes;
 use felucca_protocol::batch::{self, BatchBuilder, BatchHeader};
 
 use super::command::{
-    AppendEntry, Command, FailureDetail, LeaseRef, Outcome, ScannedRecord, SeekTo, Settlement, StagedBatch,
+    AppendEntry, Command, FailureDetail, LeaseRef, LetterError, Outcome, ScannedRecord, SeekTo, Settlement,
+    StagedBatch,
 };
 use super::config::EngineSettings;
 use super::dead_letter::DeadLetterContext;
@@ -36,7 +37,7 @@ pub(crate) struct Bench {
     /// Dead letters are made, but not yet handed in.
     pub(crate) hold_letters: bool,
     /// Dead letters cannot be made.
-    pub(crate) unreadable: bool,
+    pub(crate) unreadable: Option<LetterError>,
 }
 
 impl Bench {
@@ -57,7 +58,7 @@ impl Bench {
             hold_sync: false,
             level: Level::Synced,
             hold_letters: false,
-            unreadable: false,
+            unreadable: None,
         };
         bench.boot_as("machine");
         bench
@@ -145,8 +146,11 @@ impl Bench {
         }
         if !self.hold_letters {
             for read in out.dead_letter_reads {
-                let letter =
-                    if self.unreadable { Err("damaged".to_owned()) } else { Ok(staged(Some(b"k"), 1)) };
+                let letter = if let Some(error) = self.unreadable.clone() {
+                    Err(error)
+                } else {
+                    Ok(staged(Some(b"k"), 1))
+                };
                 let (group, partition, offset) = (read.group, read.partition, read.offset);
                 let built = Command::DeadLetterBuilt { group, partition, offset, letter };
                 self.engine.step(self.now, self.lsn, None, built, &mut follow_up);

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
 use super::inbox::{Inbox, Submission};
-use crate::engine::command::{Command, StagedBatch};
+use crate::engine::command::{Command, LetterError, StagedBatch};
 use crate::engine::dead_letter;
 use crate::engine::effect::{DeadLetterRead, Scan};
 use crate::log::{self, ReadError, Scanned, Views};
@@ -122,16 +122,21 @@ fn build_letter(
     found: Option<Result<Option<Record>, ReadError>>,
 ) -> Command {
     let DeadLetterRead { group, partition, offset, context } = read;
-    let letter = match found {
+    let built = match &found {
         None => Err("the partition is gone".to_owned()),
-        Some(Ok(Some(record))) => dead_letter::build(&record, &context, topic)
+        Some(Ok(Some(record))) => dead_letter::build(record, &context, topic)
             .and_then(|bytes| BatchHeader::parse(&bytes).map(|header| StagedBatch { header, bytes }))
             .map_err(|error| error.to_string()),
         Some(Ok(None)) => Err("the record is gone".to_owned()),
         Some(Err(error)) => Err(error.to_string()),
     };
-    if let Err(reason) = &letter {
+    let letter = built.map_err(|reason| {
         tracing::error!(group, %partition, offset, reason, "cannot make a dead letter");
-    }
+        if matches!(found, Some(Err(ReadError::Io { .. }))) {
+            LetterError::Disk
+        } else {
+            LetterError::Record(reason)
+        }
+    });
     Command::DeadLetterBuilt { group, partition, offset, letter }
 }

@@ -168,6 +168,13 @@ impl Attempt {
                     let reject = Reject::new("invalid-output", error.to_string());
                     (&counts.rejected, self.reject(reject).await)
                 }
+                // Not the record's fault, and whether it was completed is not known; if it was, this changes nothing.
+                Err(error) => {
+                    let class = if is_unknown_output(&error) { "output-topic" } else { "complete-failed" };
+                    let counted = is_unknown_output(&error);
+                    let nack = Nack { counted, ..Nack::new(class, error.to_string()) };
+                    (&counts.nacked, self.nack(nack).await)
+                }
                 completed => (&counts.acked, completed),
             },
         };
@@ -193,6 +200,11 @@ impl Drop for Attempt {
     }
 }
 
+/// Whether there is no such place for an output: it may be made yet.
+fn is_unknown_output(error: &Error) -> bool {
+    matches!(error.code(), Some(ErrorCode::UnknownTopic | ErrorCode::UnknownPartition))
+}
+
 /// Whether the outputs themselves are what the broker refuses.
 fn is_invalid_output(error: &Error) -> bool {
     match error {
@@ -200,8 +212,6 @@ fn is_invalid_output(error: &Error) -> bool {
         Error::Broker { code, .. } => matches!(
             code,
             ErrorCode::InvalidRequest
-                | ErrorCode::UnknownTopic
-                | ErrorCode::UnknownPartition
                 | ErrorCode::CorruptBatch
                 | ErrorCode::RecordTooLarge
                 | ErrorCode::BatchTooLarge

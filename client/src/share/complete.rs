@@ -21,7 +21,8 @@ struct Outputs {
     payload: Vec<Bytes>,
 }
 
-/// Completes a record, repeated over reconnects. The record is given up when this returns without an error.
+/// Completes a record, repeated over reconnects. The record is given up when this returns without an error; otherwise the
+/// caller still has to settle it.
 pub(super) async fn complete(core: &Core, lease: &Lease, records: &[Record]) -> Result<SettleResult> {
     core.leases.set_settling(lease, true);
     let result = try_complete(core, lease, records).await;
@@ -33,20 +34,13 @@ pub(super) async fn complete(core: &Core, lease: &Lease, records: &[Record]) -> 
 }
 
 async fn try_complete(core: &Core, lease: &Lease, records: &[Record]) -> Result<SettleResult> {
-    let mut outputs = encode(&core.client, lease, records).await?;
+    let mut encoded = None;
     let deadline = Instant::now() + PATIENCE;
     let mut backoff = Backoff::default();
     let (mut repeated, mut renewed) = (false, false);
     loop {
-        let request = message::Complete {
-            group: core.group.clone(),
-            member_id: core.member_id.clone(),
-            lease: Some(lease.to_message()),
-            outputs: outputs.entries.clone(),
-        };
-        match core.client.link.ask(Api::Complete, &request, outputs.payload.clone()).await {
-            Ok((reply, _)) => {
-                let reply: message::CompleteReply = reply;
+        match ask(core, lease, records, &mut encoded).await {
+            Ok(reply) => {
                 let result =
                     reply.result.ok_or_else(|| Error::Protocol("an answer without result".to_owned()))?;
                 return Ok(understood(SettleResult::from_message(&result), repeated));
@@ -54,8 +48,9 @@ async fn try_complete(core: &Core, lease: &Lease, records: &[Record]) -> Result<
             // A topic of that name may have been made anew.
             Err(error) if error.code() == Some(ErrorCode::UnknownTopic) && !renewed => {
                 renewed = true;
-                outputs.entries.iter().for_each(|entry| core.client.forget_id(&entry.topic_id));
-                outputs = encode(&core.client, lease, records).await?;
+                for entry in encoded.take().into_iter().flat_map(|outputs: Outputs| outputs.entries) {
+                    core.client.forget_id(&entry.topic_id);
+                }
             }
             Err(error) if error.retryable() && Instant::now() < deadline => {
                 repeated = true;
@@ -64,6 +59,27 @@ async fn try_complete(core: &Core, lease: &Lease, records: &[Record]) -> Result<
             Err(error) => return Err(error),
         }
     }
+}
+
+/// Asks once. The outputs are encoded when they are not yet: that too may need the broker.
+async fn ask(
+    core: &Core,
+    lease: &Lease,
+    records: &[Record],
+    encoded: &mut Option<Outputs>,
+) -> Result<message::CompleteReply> {
+    let outputs = match encoded {
+        Some(outputs) => outputs,
+        None => encoded.insert(encode(&core.client, lease, records).await?),
+    };
+    let request = message::Complete {
+        group: core.group.clone(),
+        member_id: core.member_id.clone(),
+        lease: Some(lease.to_message()),
+        outputs: outputs.entries.clone(),
+    };
+    let (reply, _) = core.client.link.ask(Api::Complete, &request, outputs.payload.clone()).await?;
+    Ok(reply)
 }
 
 async fn encode(client: &Client, lease: &Lease, records: &[Record]) -> Result<Outputs> {

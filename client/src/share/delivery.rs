@@ -43,7 +43,7 @@ impl Lease {
 /// Try again later.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Nack {
-    /// Instead of the group's backoff.
+    /// Instead of the group's backoff. At most 7 days; the broker cuts what is beyond.
     pub delay: Option<Duration>,
     /// A name for this kind of error; the group's settings can make classes final. At most 128 bytes are kept.
     pub class: String,
@@ -73,7 +73,7 @@ impl Nack {
         Self { class: class.into(), reason: reason.into(), ..Self::default() }
     }
 
-    /// Instead of the group's backoff.
+    /// Instead of the group's backoff; at most 7 days.
     #[must_use]
     pub fn delay(mut self, delay: Duration) -> Self {
         self.delay = Some(delay);
@@ -253,7 +253,7 @@ impl Delivery {
     /// As [`Delivery::ack`].
     pub async fn extend(&self, remaining: Duration) -> Result<SettleResult> {
         let detail =
-            SettlementDetail { delay_ms: Some(milliseconds(remaining)), ..SettlementDetail::default() };
+            SettlementDetail { remaining_ms: Some(milliseconds(remaining)), ..SettlementDetail::default() };
         self.settler.settle(&self.lease, Outcome::Extend, Some(detail)).result().await
     }
 

@@ -425,6 +425,27 @@ async fn completing_sends_outputs_to_the_partitions_of_their_keys_and_is_repeate
     assert!(soon(completing).await.unwrap().unwrap().is_done());
 }
 
+#[tokio::test]
+async fn a_record_that_cannot_be_completed_is_tried_again_and_not_held_for_ever() {
+    for (code, class, counted) in
+        [(ErrorCode::ReadOnly, "complete-failed", false), (ErrorCode::UnknownPartition, "output-topic", true)]
+    {
+        let broker = FakeBroker::start().await;
+        let (client, mut connection) = broker.client().await;
+        let (member, subscription) = joined(&mut connection, client.share_consumer("g")).await;
+        lease(&mut connection, subscription, 0..1, LEASE_MS).await;
+        connection.metadata("t", 1).await;
+        let handler = |_: Delivery| async move { Outcome::Complete(vec![Record::new("t", "out")]) };
+        let running = tokio::spawn(member.run(handler, std::future::pending()));
+        let asked = soon(connection.expect_past_credit::<message::Complete>(Api::Complete)).await;
+        connection.refuse(&asked, code).await;
+        let (settlements, details) = soon(next_settled(&mut connection)).await;
+        assert_eq!(settlements, [(0, message::Outcome::Nack)]);
+        assert_eq!((&*details[0].class, !details[0].not_counted), (class, counted));
+        running.abort();
+    }
+}
+
 /// Answers extensions and subscriptions until the next settlement of another kind, which is answered with `OK`.
 async fn next_settled(connection: &mut FakeConnection) -> (Settled, Vec<message::SettlementDetail>) {
     loop {

@@ -18,6 +18,7 @@ struct Place {
     end: u32,
     /// CRC-32C of its bytes.
     crc: u32,
+    timestamp: i64,
 }
 
 /// The places of the records of one uncompressed batch without gaps between its offsets.
@@ -44,10 +45,11 @@ impl RecordPlaces {
         let records = batch.get(HEADER_LEN..needed).ok_or(truncated)?;
         let mut end = HEADER_LEN as u32;
         let place = |record: Result<RawRecord<'_>, BatchError>| {
-            let encoded = record?.encoded;
+            let record = record?;
             // Within the batch, whose length is a `u32`.
-            end += encoded.len() as u32;
-            Ok(Place { end, crc: crc32c::crc32c(encoded) })
+            end += record.encoded.len() as u32;
+            let timestamp = header.timestamp(record.timestamp_delta);
+            Ok(Place { end, crc: crc32c::crc32c(record.encoded), timestamp })
         };
         let places = Walk::new(&header, records).map(place).collect::<Result<_, BatchError>>()?;
         Ok(Some(Self { header, places }))
@@ -119,12 +121,8 @@ impl RecordPlaces {
 
     /// The timestamp of a record, if these are its bytes.
     fn check(&self, at: usize, record: &[u8]) -> Result<i64, BatchError> {
-        let (stated, computed) = (self.places[at].crc, crc32c::crc32c(record));
-        if stated != computed {
-            return Err(BatchError::Crc { stated, computed });
-        }
-        let raw =
-            RawRecord::take(&mut &*record).map_err(|fault| BatchError::Record { index: at as u32, fault })?;
-        Ok(self.header.timestamp(raw.timestamp_delta))
+        let place = &self.places[at];
+        let (stated, computed) = (place.crc, crc32c::crc32c(record));
+        if stated == computed { Ok(place.timestamp) } else { Err(BatchError::Crc { stated, computed }) }
     }
 }

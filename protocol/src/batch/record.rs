@@ -24,7 +24,7 @@ pub(super) struct RawRecord<'a> {
 
 impl<'a> RawRecord<'a> {
     #[inline(always)]
-    pub(super) fn take(input: &mut &'a [u8]) -> Result<Self, RecordFault> {
+    fn take(input: &mut &'a [u8]) -> Result<Self, RecordFault> {
         let start = *input;
         let length = usize::try_from(take_i32(input)?).map_err(|_| RecordFault::Length)?;
         let (mut body, rest) = input.split_at_checked(length).ok_or(RecordFault::Truncated)?;
@@ -225,11 +225,17 @@ impl Iterator for Records {
         };
         self.position = self.body.len() - rest.len();
         let owned = |bytes: Option<&[u8]>| bytes.map(|bytes| self.body.slice_ref(bytes));
-        // The count was checked against the bytes that are there.
-        let mut headers = Vec::with_capacity(raw.header_count as usize);
-        let walked = raw.for_each_header(|name, value| {
-            headers.push(Header { name: name.to_owned(), value: owned(value) });
-        });
+        let mut headers = Vec::new();
+        // Most records have none.
+        let walked = if raw.header_count == 0 {
+            Ok(())
+        } else {
+            // The count was checked against the bytes that are there.
+            headers.reserve_exact(raw.header_count as usize);
+            raw.for_each_header(|name, value| {
+                headers.push(Header { name: name.to_owned(), value: owned(value) });
+            })
+        };
         Some(match walked {
             Ok(()) => Ok(Record {
                 offset: self.header.base_offset + u64::from(raw.offset_delta),

@@ -1,7 +1,7 @@
 //! The log's side: what the shard would read and hand back to the engine, and the passing of time.
 
 use bytes::BytesMut;
-use felucca_broker::engine::command::{Command, ScannedRecord, StagedBatch};
+use felucca_broker::engine::command::{Command, LetterError, ScannedRecord, StagedBatch};
 use felucca_broker::engine::dead_letter;
 use felucca_broker::engine::effect::{DeadLetterRead, Scan};
 use felucca_broker::engine::types::PartitionKey;
@@ -82,7 +82,7 @@ impl World {
         let letter = if readable {
             Ok(staged(dead_letter::build(&record, context, &name).expect("a dead letter")))
         } else {
-            Err("the disk".to_owned())
+            Err(LetterError::Record("damaged".to_owned()))
         };
         self.note(|| format!("dead letter of {group} {partition} {offset}, readable {readable}"));
         let awaited = self.model.awaits_letter(group, (*partition, *offset));

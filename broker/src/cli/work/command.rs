@@ -11,7 +11,6 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
-use anyhow::anyhow;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use felucca_client::{ConsumedRecord, Delivery, Nack, Outcome, Reject};
@@ -42,6 +41,8 @@ pub(super) enum Ended {
     Outcome(Outcome),
     /// It cannot be run, whatever the record.
     NotRun(anyhow::Error),
+    /// The shell says that it cannot run it. So with every record, unless it could with another.
+    Unknown(Nack),
 }
 
 /// Runs the command to its end, or until `kill`.
@@ -116,22 +117,18 @@ async fn attend(
 fn judge(status: ExitStatus, tail: &Tail) -> Ended {
     let (said, detail) = (tail.last_line(), tail.text());
     let or = |otherwise: String| if said.is_empty() { otherwise } else { said.clone() };
+    let nack = |code: i32| Nack {
+        detail: detail.clone(),
+        ..Nack::new(format!("exit-{code}"), or(format!("the command ended with {code}")))
+    };
     Ended::Outcome(match (status.code(), status.signal()) {
         (Some(0), _) => Outcome::Ack,
         (Some(DATA_ERROR), _) => {
             let reason = or(format!("the command ended with {DATA_ERROR}"));
             Reject { class: format!("exit-{DATA_ERROR}"), reason, detail }.into()
         }
-        (Some(code), _) if CANNOT_RUN.contains(&code) => {
-            return Ended::NotRun(anyhow!(
-                "the command cannot be run: {}",
-                or(format!("it ended with {code}"))
-            ));
-        }
-        (Some(code), _) => {
-            let reason = or(format!("the command ended with {code}"));
-            Nack { detail, ..Nack::new(format!("exit-{code}"), reason) }.into()
-        }
+        (Some(code), _) if CANNOT_RUN.contains(&code) => return Ended::Unknown(nack(code)),
+        (Some(code), _) => nack(code).into(),
         (None, signal) => {
             let signal = signal.unwrap_or_default();
             let reason = or(format!("the command was killed by signal {signal}"));
@@ -319,7 +316,7 @@ mod tests {
         let mut tail = Tail::default();
         let outcome = |raw, tail: &Tail| match judge(ExitStatus::from_raw(raw), tail) {
             Ended::Outcome(outcome) => Some(outcome),
-            Ended::NotRun(_) => None,
+            Ended::NotRun(_) | Ended::Unknown(_) => None,
         };
         assert_eq!(outcome(0, &tail), Some(Outcome::Ack));
         assert_eq!(outcome(75 << 8, &tail), Some(Nack::new("exit-75", "the command ended with 75").into()));

@@ -7,13 +7,13 @@ mod command;
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use clap::Args;
-use felucca_client::{Client, Delivery, GroupKind, GroupPartition, Outcome, WorkerReport};
+use felucca_client::{Client, Delivery, GroupDescription, GroupKind, GroupPartition, Outcome, WorkerReport};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
@@ -40,7 +40,7 @@ The command is run by `sh -c` for each record, with the record's value on standa
   FELUCCA_HEADER_NAME for each header, the name in capitals with `_` for what is no letter or digit
 
 Its end decides about the record: 0 acknowledges it, 65 rejects it for good, anything else has it tried again later, with the
-last line of standard error as the reason. 126 and 127, by which the shell says that it cannot run the command, end the tool.
+last line of standard error as the reason. 126 and 127, by which the shell says that it cannot run the command, end the tool when no command could be run before.
 Leases are extended while the command runs. On SIGTERM or Ctrl-C running commands are finished and the rest is released; a
 second signal stops them too.
 
@@ -155,7 +155,7 @@ impl Work {
             let sum = |count: fn(&GroupPartition) -> u64| group.partitions.iter().map(count).sum::<u64>();
             let [lag, held, deliveries] =
                 [sum(|one| one.lag), sum(|one| one.held), sum(|one| one.deliveries)];
-            let moving = sum(|one| one.leased + one.scheduled + one.exhausted) > 0 || group.paused;
+            let moving = is_moving(&group);
             if !moving && lag <= held {
                 return Ok(());
             }
@@ -166,6 +166,13 @@ impl Work {
             }
         }
     }
+}
+
+/// Whether records that are handed out to nobody at the moment will be: after their backoff, when the group goes on, or when the
+/// outage guard lets the next one try.
+fn is_moving(group: &GroupDescription) -> bool {
+    let busy = |one: &GroupPartition| one.leased + one.scheduled + one.exhausted > 0;
+    group.partitions.iter().any(busy) || group.paused || group.outage.is_some()
 }
 
 /// Where a group finds what was redriven to it alone.
@@ -185,6 +192,8 @@ struct Job {
     stop: CancellationToken,
     /// What runs is stopped too.
     kill: CancellationToken,
+    /// Some command could be run.
+    ran: AtomicBool,
     /// Why the tool cannot go on.
     failure: Mutex<Option<anyhow::Error>>,
 }
@@ -198,6 +207,7 @@ impl Job {
             unfinished: AtomicU64::new(count),
             stop: CancellationToken::new(),
             kill: CancellationToken::new(),
+            ran: AtomicBool::new(false),
             failure: Mutex::new(None),
         }
     }
@@ -217,7 +227,16 @@ impl Job {
 
     async fn work(&self, delivery: Delivery) -> Outcome {
         let outcome = match command::run(&self.command, &delivery, &self.kill).await {
-            Ended::Outcome(outcome) => outcome,
+            Ended::Outcome(outcome) => {
+                self.ran.store(true, Ordering::Relaxed);
+                outcome
+            }
+            // Some part of it, then, that this record wants.
+            Ended::Unknown(nack) if self.ran.load(Ordering::Relaxed) => nack.into(),
+            Ended::Unknown(nack) => {
+                self.fail(anyhow!("the command cannot be run: {}", nack.reason));
+                Outcome::Release
+            }
             Ended::NotRun(error) => {
                 self.fail(error);
                 Outcome::Release
@@ -277,4 +296,16 @@ fn tell(report: &WorkerReport, format: Format) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_whose_outage_guard_is_on_is_not_at_a_standstill() {
+        let quiet = GroupDescription::default();
+        let guarded = GroupDescription { outage: Some(Default::default()), ..Default::default() };
+        assert_eq!((is_moving(&quiet), is_moving(&guarded)), (false, true));
+    }
 }

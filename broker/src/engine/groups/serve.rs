@@ -3,7 +3,7 @@
 use crate::engine::Engine;
 use crate::engine::append::Origin;
 use crate::engine::catalog;
-use crate::engine::command::{AppendEntry, LeaseRef, Settlement, StagedBatch};
+use crate::engine::command::{AppendEntry, LeaseRef, LetterError, Settlement, StagedBatch};
 use crate::engine::effect::{Effects, Reply};
 use crate::engine::error::EngineError;
 use crate::engine::partition::Sequence;
@@ -148,7 +148,7 @@ impl Engine {
         name: &str,
         key: PartitionKey,
         offset: u64,
-        letter: Result<StagedBatch, String>,
+        letter: Result<StagedBatch, LetterError>,
         out: &mut Effects,
     ) {
         let Some(group) = self.groups.get(name) else { return };
@@ -159,6 +159,16 @@ impl Engine {
         let name = group.name.clone();
         let target = group.dead_letter_topics.get(&key.topic).copied();
         let target = target.map(|topic| PartitionKey { topic, partition: key.partition });
+        let letter = match letter {
+            Ok(batch) => Ok(batch),
+            Err(LetterError::Record(reason)) => Err(reason),
+            Err(LetterError::Disk) => {
+                if let Some(group) = self.groups.get_mut(&name) {
+                    group.letter_failed(&mut self.desk.stage(now, lsn, out), key, offset);
+                }
+                return;
+            }
+        };
         let held = match (letter, target) {
             (Ok(batch), Some(target)) => {
                 match self.check_append(target, Level::Synced, &batch.header, Origin::DeadLetter) {

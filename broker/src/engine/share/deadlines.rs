@@ -25,15 +25,15 @@ pub(crate) struct Deadlines {
     listed: usize,
     /// (due, offset)
     scheduled: BTreeSet<(u64, u64)>,
-    /// When a failed read of the log is repeated.
-    scan_at: Option<u64>,
+    /// When reads of the log that failed are repeated.
+    again: BTreeSet<u64>,
 }
 
 impl Deadlines {
     pub(crate) fn next(&self) -> Option<u64> {
         let lease = self.leases.first_key_value().map(|(at, _)| *at);
         let due = self.scheduled.first().map(|(at, _)| *at);
-        [lease, due, self.scan_at].into_iter().flatten().min()
+        [lease, due, self.again.first().copied()].into_iter().flatten().min()
     }
 
     /// Bytes of memory, roughly.
@@ -84,13 +84,14 @@ impl Deadlines {
         }
     }
 
-    pub(crate) fn scan_again(&mut self, at_ms: u64) {
-        self.scan_at = Some(at_ms);
+    /// A read of the log failed and is to be repeated then.
+    pub(crate) fn look_again(&mut self, at_ms: u64) {
+        self.again.insert(at_ms);
     }
 
     /// Takes offsets whose time has come, as many as asked for and perhaps some more of one deadline.
     pub(crate) fn take_due(&mut self, now_ms: u64, limit: usize) -> Vec<u64> {
-        self.scan_at = self.scan_at.filter(|at| *at > now_ms);
+        self.again = self.again.split_off(&(now_ms + 1));
         let mut due = Vec::new();
         while due.len() < limit / 2
             && let Some(&(at, offset)) = self.scheduled.first()

@@ -59,6 +59,8 @@ pub(crate) struct Queue {
     deadlines: Deadlines,
     letters: BTreeSet<u64>,
     letters_in_flight: BTreeSet<u64>,
+    /// After one could not be read.
+    letters_not_before_ms: u64,
     take_returned_next: bool,
     /// Returned records are taken round about, so that no one of them is tried again before the others.
     last_returned: u64,
@@ -81,6 +83,7 @@ impl Queue {
             deadlines: Deadlines::default(),
             letters: BTreeSet::new(),
             letters_in_flight: BTreeSet::new(),
+            letters_not_before_ms: 0,
             take_returned_next: false,
             last_returned: 0,
         };
@@ -187,7 +190,7 @@ impl Queue {
         }
         self.reading = None;
         self.scan_not_before_ms = retry_at_ms;
-        self.deadlines.scan_again(retry_at_ms);
+        self.deadlines.look_again(retry_at_ms);
     }
 
     /// Takes in what a reading from `from` found up to `next`. Answers the ranges (first, count) that hold no record and must be
@@ -356,9 +359,18 @@ impl Queue {
         self.letters_in_flight.remove(&offset);
     }
 
+    /// The record could not be read: its dead letter is made later.
+    pub(crate) fn letter_failed(&mut self, offset: u64, retry_at_ms: u64) {
+        if self.letters_in_flight.remove(&offset) {
+            self.letters.insert(offset);
+            self.letters_not_before_ms = retry_at_ms;
+            self.deadlines.look_again(retry_at_ms);
+        }
+    }
+
     /// The next exhausted record whose dead letter may be made now.
-    pub(crate) fn next_letter(&mut self) -> Option<u64> {
-        if self.letters_in_flight.len() >= MAX_LETTERS_IN_FLIGHT {
+    pub(crate) fn next_letter(&mut self, now_ms: u64) -> Option<u64> {
+        if self.letters_in_flight.len() >= MAX_LETTERS_IN_FLIGHT || now_ms < self.letters_not_before_ms {
             return None;
         }
         let offset = self.letters.pop_first()?;

@@ -5,7 +5,7 @@
 use super::recent::{Recent, SettledAs};
 use super::state::{Cause, Ended, ExceptionState, ShareState, change};
 use crate::engine::command::{FailureDetail, LeaseRef, Outcome};
-use crate::engine::config::{OnExhausted, ShareConfig};
+use crate::engine::config::{MAX_BACKOFF_MS, OnExhausted, ShareConfig};
 use crate::engine::effect::{RecordState, SettleResult, SettleStatus};
 use crate::engine::event::RecordChange;
 use crate::engine::types::Now;
@@ -53,7 +53,8 @@ pub(crate) fn decide(desk: &Desk<'_>, member: &str, record: &LeaseRef, outcome: 
     }
     match outcome {
         Outcome::Ack => Decision::Ack { late: false },
-        Outcome::Release => Decision::Change(release(desk, offset)),
+        // As if it had not been handed out, so also without coming nearer to the cap of deliveries.
+        Outcome::Release => Decision::Change(RecordChange { spared: true, ..available(offset) }),
         Outcome::Extend { remaining_ms } => {
             let now_ms = desk.now.monotonic_ms;
             let wanted = now_ms.saturating_add(remaining_ms.unwrap_or(desk.config.lease_ms));
@@ -123,17 +124,18 @@ fn without_lease(
     })
 }
 
-/// Gives a leased record back without a failure. At the cap of deliveries it ends all the same: a member that dies on it
-/// and comes back under its name would otherwise get it again for ever.
-pub(crate) fn release(desk: &Desk<'_>, offset: u64) -> RecordChange {
-    let (deliveries, _) = desk.state.attempts(offset);
-    let (kind, ended) = if deliveries >= desk.config.max_deliveries {
-        (ending(desk.on_exhausted), Ended::MaxDeliveries)
-    } else {
-        (change::AVAILABLE, Ended::Not)
-    };
-    let cause = Cause::Released as u32;
-    RecordChange { offset, kind, cause, ended: ended as u32, ..Default::default() }
+/// Gives a record back that its member came back without, without a failure. At the cap of deliveries it ends all the
+/// same: a member that dies on it and comes back under its name would otherwise get it again for ever.
+pub(crate) fn forgotten(desk: &Desk<'_>, offset: u64) -> RecordChange {
+    if desk.state.capped_deliveries(offset) < desk.config.max_deliveries {
+        return available(offset);
+    }
+    RecordChange { kind: ending(desk.on_exhausted), ended: Ended::MaxDeliveries as u32, ..available(offset) }
+}
+
+/// Makes a leased record available again.
+fn available(offset: u64) -> RecordChange {
+    RecordChange { offset, kind: change::AVAILABLE, cause: Cause::Released as u32, ..Default::default() }
 }
 
 /// How a record ends that is not tried again.
@@ -164,15 +166,18 @@ impl Failure<'_> {
 /// The one law for nack, timeout, disconnect and crash: schedule the next attempt, or end the record.
 pub(crate) fn failure(desk: &Desk<'_>, offset: u64, failure: Failure<'_>) -> RecordChange {
     let (config, now) = (desk.config, desk.now);
-    let (deliveries, failures) = desk.state.attempts(offset);
+    let (_, failures) = desk.state.attempts(offset);
     let class = failure.detail.map_or("", |detail| detail.class.as_str());
     let fatal = failure.cause == Cause::Rejected || config.is_non_retryable(class);
     let counted = failure.counted && (fatal || !desk.guarded);
     let failures = failures + u32::from(counted);
+    // A probe of the outage guard: it fails for a reason that is not the record's.
+    let spared = failure.counted && !counted;
+    let capped = !spared && desk.state.capped_deliveries(offset) >= config.max_deliveries;
     let law = config.law(class);
     let ended = if fatal {
         Ended::Rejected
-    } else if deliveries >= config.max_deliveries {
+    } else if capped {
         Ended::MaxDeliveries
     } else if counted && failures >= law.max_failures {
         match failure.cause {
@@ -184,18 +189,18 @@ pub(crate) fn failure(desk: &Desk<'_>, offset: u64, failure: Failure<'_>) -> Rec
         Ended::Not
     };
     let (kind, until_ms) = if ended == Ended::Not {
-        let delay =
-            failure.delay_ms.unwrap_or_else(|| config.backoff_ms(law, failures, now.entropy ^ offset));
+        let asked = failure.delay_ms.map(|delay| delay.min(MAX_BACKOFF_MS));
+        let delay = asked.unwrap_or_else(|| config.backoff_ms(law, failures, now.entropy ^ offset));
         (change::SCHEDULED, now.monotonic_ms.saturating_add(delay))
     } else {
         (ending(desk.on_exhausted), 0)
     };
-    let cut = |text: &str, limit: usize| text[..text.floor_char_boundary(limit)].to_owned();
     let mut change = RecordChange {
         offset,
         kind,
         until_ms,
         failed: counted,
+        spared,
         cause: failure.cause as u32,
         ended: ended as u32,
         alone: ended == Ended::Not && failures > 0 && u64::from(failures) * 2 >= u64::from(law.max_failures),
@@ -205,7 +210,7 @@ pub(crate) fn failure(desk: &Desk<'_>, offset: u64, failure: Failure<'_>) -> Rec
         Some(detail) => {
             change.class = cut(&detail.class, MAX_CLASS_BYTES);
             change.reason = cut(&detail.reason, MAX_REASON_BYTES);
-            change.detail = cut(&detail.detail, MAX_DETAIL_BYTES);
+            change.detail = cut_detail(&detail.detail);
             if change.reason.is_empty() && fatal && failure.cause != Cause::Rejected {
                 change.reason = format!("failures of class {:?} are not retried", change.class);
             }
@@ -220,6 +225,15 @@ pub(crate) fn failure(desk: &Desk<'_>, offset: u64, failure: Failure<'_>) -> Rec
         }
     }
     change
+}
+
+fn cut(text: &str, limit: usize) -> String {
+    text[..text.floor_char_boundary(limit)].to_owned()
+}
+
+/// As much of a failure's detail as is kept.
+pub(crate) fn cut_detail(detail: &str) -> String {
+    cut(detail, MAX_DETAIL_BYTES)
 }
 
 /// The answer to a settlement that was carried out.

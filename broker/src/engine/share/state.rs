@@ -33,8 +33,6 @@ pub(crate) enum Cause {
     LeaseExpired = 3,
     MemberLost = 4,
     Released = 5,
-    /// Its dead letter could not be made.
-    Undecodable = 6,
 }
 
 impl Cause {
@@ -45,7 +43,6 @@ impl Cause {
             3 => Self::LeaseExpired,
             4 => Self::MemberLost,
             5 => Self::Released,
-            6 => Self::Undecodable,
             _ => Self::None,
         }
     }
@@ -118,6 +115,8 @@ pub(crate) enum ExceptionState {
 pub(crate) struct Exception {
     pub(crate) state: ExceptionState,
     pub(crate) deliveries: u32,
+    /// Of the deliveries, those that do not count toward the cap.
+    pub(crate) spared: u32,
     pub(crate) failures: u32,
     pub(crate) slot: Option<u16>,
     pub(crate) size: u32,
@@ -281,6 +280,12 @@ impl ShareState {
         }
     }
 
+    /// Deliveries so far that count toward the cap.
+    pub(crate) fn capped_deliveries(&self, offset: u64) -> u32 {
+        let spared = self.exceptions.get(&offset).map_or(0, |exception| exception.spared);
+        self.attempts(offset).0.saturating_sub(spared)
+    }
+
     // ---- The fold ----
 
     pub(crate) fn grant(&mut self, offset: u64, lease: Lease) {
@@ -340,6 +345,7 @@ impl ShareState {
             (None, Some(lease)) => Exception {
                 state: ExceptionState::Leased,
                 deliveries: 1,
+                spared: 0,
                 failures: 0,
                 slot: lease.slot,
                 size: lease.size,
@@ -357,6 +363,7 @@ impl ShareState {
             // Nothing known of the record: the event is not of this state (never staged so).
             (None, None) => return None,
         };
+        exception.spared += u32::from(change.spared);
         if change.failed {
             exception.failures += 1;
             self.counts.failures += 1;
@@ -373,6 +380,8 @@ impl ShareState {
             exception.reason.clone_from(&change.reason);
             exception.detail.clone_from(&change.detail);
             ended = exception.settled_as().map(|settled_as| (exception.last_lease, settled_as));
+        } else if !change.detail.is_empty() {
+            exception.detail.clone_from(&change.detail);
         }
         match change.kind {
             change::DEAD_LETTERED => {
@@ -567,7 +576,7 @@ impl Exception {
             Cause::Rejected => Some(SettledAs::Reject),
             Cause::Released => Some(SettledAs::Release),
             Cause::LeaseExpired | Cause::MemberLost => Some(SettledAs::Lapsed),
-            Cause::None | Cause::Undecodable => None,
+            Cause::None => None,
         }
     }
 
@@ -584,6 +593,7 @@ impl Exception {
             state,
             due_ms,
             deliveries: self.deliveries,
+            spared: self.spared,
             failures: self.failures,
             slot: stored_slot(self.slot),
             size: self.size,
@@ -611,6 +621,7 @@ impl Exception {
                 _ => ExceptionState::Available,
             },
             deliveries: row.deliveries,
+            spared: row.spared,
             failures: row.failures,
             slot: slot_from_stored(row.slot),
             size: row.size,

@@ -140,14 +140,14 @@ fn outcome(number: i32, detail: Option<wire::SettlementDetail>) -> Result<Outcom
         return Err(invalid(format!("unknown outcome {number}")));
     };
     let detail = detail.unwrap_or_default();
-    let (delay_ms, counted) = (detail.delay_ms, !detail.not_counted);
+    let (delay_ms, counted, remaining_ms) = (detail.delay_ms, !detail.not_counted, detail.remaining_ms);
     let failure = FailureDetail { class: detail.class, reason: detail.reason, detail: detail.detail };
     Ok(match kind {
         wire::Outcome::Ack => Outcome::Ack,
         wire::Outcome::Nack => Outcome::Nack { delay_ms, counted, detail: failure },
         wire::Outcome::Reject => Outcome::Reject { detail: failure },
         wire::Outcome::Release => Outcome::Release,
-        wire::Outcome::Extend => Outcome::Extend { remaining_ms: delay_ms.filter(|delay| *delay > 0) },
+        wire::Outcome::Extend => Outcome::Extend { remaining_ms },
     })
 }
 
@@ -430,10 +430,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_extension_of_zero_means_the_groups_lease() {
-        let detail = |delay| Some(wire::SettlementDetail { delay_ms: delay, ..Default::default() });
+    fn an_extension_without_a_time_means_the_groups_lease() {
+        let detail =
+            |remaining| Some(wire::SettlementDetail { remaining_ms: remaining, ..Default::default() });
         let extend = wire::Outcome::Extend.into();
-        assert_eq!(outcome(extend, detail(Some(0))), Ok(Outcome::Extend { remaining_ms: None }));
         assert_eq!(outcome(extend, detail(Some(5))), Ok(Outcome::Extend { remaining_ms: Some(5) }));
         assert_eq!(outcome(extend, None), Ok(Outcome::Extend { remaining_ms: None }));
     }

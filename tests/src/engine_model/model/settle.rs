@@ -78,8 +78,8 @@ impl Model {
             });
         }
         let remembered = past.lsn > attempt.forgotten && at.now_ms < past.at_ms + REMEMBERED_MS;
-        // A record that is not settled tells of its last lease itself, unless its dead letter could not be made.
-        if !remembered && (!last || record.state == State::Held) {
+        // A record that is not settled tells of its last lease itself.
+        if !remembered && !last {
             right.push(if record.is_settled() { long_ago } else { Stale });
         }
         right
@@ -111,18 +111,25 @@ impl Model {
                 record.state = State::Leased { granted_ms, deadline_ms: until, lsn };
             }
             Outcome::Release => {
-                let failure = Failure { cause: Cause::Released, counted: false, delay_ms: None, class: "" };
+                let failure = Failure {
+                    cause: Cause::Released,
+                    counted: false,
+                    spared: true,
+                    delay_ms: None,
+                    class: "",
+                };
                 self.fail(at, attempt.group, partition, offset, failure);
             }
             Outcome::Nack { delay_ms, counted, detail } => {
                 let class = detail.class.as_str();
                 let (delay_ms, counted) = (*delay_ms, *counted);
-                let failure = Failure { cause: Cause::Nacked, counted, delay_ms, class };
+                let failure = Failure { cause: Cause::Nacked, counted, spared: false, delay_ms, class };
                 self.fail(at, attempt.group, partition, offset, failure);
             }
             Outcome::Reject { detail } => {
                 let class = detail.class.as_str();
-                let failure = Failure { cause: Cause::Rejected, counted: true, delay_ms: None, class };
+                let failure =
+                    Failure { cause: Cause::Rejected, counted: true, spared: false, delay_ms: None, class };
                 self.fail(at, attempt.group, partition, offset, failure);
             }
         }
@@ -213,7 +220,8 @@ impl Model {
                 at_ms: at.now_ms,
                 lsn: at.lsn,
             });
-            let failure = Failure { cause: Cause::Released, counted: false, delay_ms: None, class: "" };
+            let failure =
+                Failure { cause: Cause::Released, counted: false, spared: false, delay_ms: None, class: "" };
             self.fail(at, group, key, offset, failure);
         }
     }

@@ -138,6 +138,8 @@ pub(crate) struct Past {
 pub(crate) struct Record {
     pub(crate) state: State,
     pub(crate) deliveries: u32,
+    /// Of them, those that do not count toward the cap.
+    pub(crate) spared: u32,
     pub(crate) failures: u32,
     /// The last lease and its holder.
     pub(crate) lease: LeaseId,
@@ -256,6 +258,8 @@ pub(crate) struct Grant {
 pub(crate) struct Failure<'a> {
     pub(crate) cause: Cause,
     pub(crate) counted: bool,
+    /// The delivery does not count toward the cap, whatever becomes of it.
+    pub(crate) spared: bool,
     pub(crate) delay_ms: Option<u64>,
     pub(crate) class: &'a str,
 }
@@ -360,6 +364,7 @@ impl Model {
         let record = part.records.entry(offset).or_insert_with(|| Record {
             state,
             deliveries: 0,
+            spared: 0,
             failures: 0,
             lease: grant.lease,
             member: grant.member.clone(),
@@ -399,9 +404,11 @@ impl Model {
             record.failures += 1;
             part.counts.failures += 1;
         }
+        let spared = failure.spared || (failure.counted && !counted);
+        record.spared += u32::from(spared);
         let over = fatal
             || (counted && record.failures >= config.max_failures)
-            || record.deliveries >= config.max_deliveries;
+            || (!spared && record.deliveries - record.spared >= config.max_deliveries);
         if failure.cause != Cause::Released {
             let half = record.failures > 0 && 2 * u64::from(record.failures) >= config.max_failures.into();
             record.alone = !over && half;
@@ -469,7 +476,8 @@ impl Model {
                 at_ms: at.now_ms,
                 lsn: at.lsn,
             });
-            let failure = Failure { cause: Cause::Lapsed, counted: true, delay_ms: None, class: "" };
+            let failure =
+                Failure { cause: Cause::Lapsed, counted: true, spared: false, delay_ms: None, class: "" };
             self.fail(at, group, *key, *offset, failure);
         }
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::members::Subscription;
-use super::{ShareGroup, to_deltas};
+use super::{READ_RETRY_MS, ShareGroup, to_deltas};
 use crate::engine::command::ScannedRecord;
 use crate::engine::effect::{DeliveredRecord, Delivery, Scan};
 use crate::engine::event::{Granted, Settled, event::Kind};
@@ -21,8 +21,6 @@ const HELD_PER_GRANTED: u64 = 4;
 const SCAN_RECORDS: usize = queue::LOOKAHEAD;
 /// The same while the budget of memory is spent.
 const SCAN_RECORDS_SPENT: usize = 256;
-/// Pause before a failed read of the log is repeated.
-const SCAN_RETRY_MS: u64 = 1_000;
 
 impl ShareGroup {
     pub(crate) fn scanned(
@@ -45,7 +43,7 @@ impl ShareGroup {
 
     pub(crate) fn scan_failed(&mut self, stage: &mut Stage<'_>, key: PartitionKey, from: u64) {
         if let Some(partition) = self.partitions.get_mut(&key) {
-            partition.queue.reading_failed(from, stage.now.monotonic_ms + SCAN_RETRY_MS);
+            partition.queue.reading_failed(from, stage.now.monotonic_ms + READ_RETRY_MS);
         }
         self.after_change(stage, key);
     }

@@ -77,7 +77,7 @@ impl ShareGroup {
                 lease.member == member && !held.contains(&(key, **offset, lease.id))
             });
             let desk = partition.desk(&self.ledger, &self.config, on_exhausted, stage.now);
-            let released = unknown.map(|(offset, _)| settle::release(&desk, *offset)).collect();
+            let released = unknown.map(|(offset, _)| settle::forgotten(&desk, *offset)).collect();
             self.commit_changes(stage, key, Vec::new(), released);
         }
         let (credit_records, credit_bytes) = (i64::from(credit.0), i64::from(credit.1));
@@ -99,6 +99,10 @@ impl ShareGroup {
             && let Some(member) = self.members.get_mut(&subscription.member)
         {
             member.subscriptions.remove(&id);
+            // With nothing in hand there is nothing to come back for.
+            if member.subscriptions.is_empty() && self.leases_of(&subscription.member) == 0 {
+                self.members.remove(&subscription.member);
+            }
         }
     }
 

@@ -26,6 +26,9 @@ use crate::engine::event::{RecordChange, Settled, event::Kind};
 use crate::engine::stage::{RowKey, Stage, TimerKey};
 use crate::engine::types::{Now, PartitionKey, SubscriptionId, TopicId};
 
+/// Pause before a failed read of the log is repeated.
+const READ_RETRY_MS: u64 = 1_000;
+
 /// The group on one partition.
 #[derive(Debug)]
 pub(crate) struct SharePartition {

@@ -1,6 +1,6 @@
 //! What ends a lease or returns a record: settlements, expiry, due times, dead letters made, commits.
 
-use super::ShareGroup;
+use super::{READ_RETRY_MS, ShareGroup};
 use crate::engine::command::{LeaseRef, Outcome, Settlement};
 use crate::engine::config::OnExhausted;
 use crate::engine::dead_letter::DeadLetterContext;
@@ -89,7 +89,7 @@ impl ShareGroup {
     /// Asks for the dead letters of exhausted records, as many as may be in the making.
     pub(super) fn ask_for_letters(&mut self, stage: &mut Stage<'_>, key: PartitionKey) {
         let Some(partition) = self.partitions.get_mut(&key) else { return };
-        while let Some(offset) = partition.queue.next_letter() {
+        while let Some(offset) = partition.queue.next_letter(stage.now.monotonic_ms) {
             let Some(exception) = partition.state.exception(offset) else { continue };
             let context = DeadLetterContext {
                 group: self.name.to_string(),
@@ -137,16 +137,23 @@ impl ShareGroup {
     ) {
         let change = match held {
             None => RecordChange { offset, kind: change::DEAD_LETTERED, ..Default::default() },
-            Some(reason) => RecordChange {
-                offset,
-                kind: change::HELD,
-                cause: Cause::Undecodable as u32,
-                class: "undecodable".to_owned(),
-                reason,
-                ..Default::default()
-            },
+            // Why it failed stays what it was.
+            Some(reason) => {
+                let exception = self.partitions.get(&key).and_then(|known| known.state.exception(offset));
+                let known = exception.map_or("", |exception| exception.detail.as_str());
+                let detail = settle::cut_detail(&format!("no dead letter: {reason}\n{known}"));
+                RecordChange { offset, kind: change::HELD, detail, ..Default::default() }
+            }
         };
         self.commit_changes(stage, key, Vec::new(), vec![change]);
+    }
+
+    /// The disk failed when the record's dead letter was being made.
+    pub(crate) fn letter_failed(&mut self, stage: &mut Stage<'_>, key: PartitionKey, offset: u64) {
+        if let Some(partition) = self.partitions.get_mut(&key) {
+            partition.queue.letter_failed(offset, stage.now.monotonic_ms + READ_RETRY_MS);
+        }
+        self.after_change(stage, key);
     }
 
     // ---- Timers and commits ----

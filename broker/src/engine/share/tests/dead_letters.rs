@@ -1,6 +1,6 @@
 //! Dead letters: how they come about, their topics, redrive and `complete`.
 
-use crate::engine::command::{AppendEntry, Command, Settlement};
+use crate::engine::command::{AppendEntry, Command, LetterError, Settlement};
 use crate::engine::effect::{RecordState, Reply, SettleStatus};
 use crate::engine::error::EngineError;
 use crate::engine::testing::{Bench, TOPIC, leased, nack, reject, staged};
@@ -13,11 +13,26 @@ fn dead_letters_that_cannot_be_made_do_not_use_up_the_places_of_others() {
     bench.group(&[]);
     bench.append(None, 100).unwrap();
     bench.subscribe(1, "a", 100);
-    bench.unreadable = true;
+    bench.unreadable = Some(LetterError::Record("damaged".to_owned()));
     for (lease, _, _) in bench.delivered() {
         bench.settle("a", lease, reject());
     }
     assert_eq!(bench.counts().held, 100);
+}
+
+#[test]
+fn a_dead_letter_is_made_later_when_the_disk_failed() {
+    let (mut bench, lease) = leased(&[]);
+    bench.unreadable = Some(LetterError::Disk);
+    bench.settle("a", lease, reject());
+    for _ in 0..3 {
+        bench.advance(1_000);
+        assert_eq!((bench.counts().held, bench.counts().dead_lettered), (0, 0));
+    }
+    bench.unreadable = None;
+    bench.advance(1_000);
+    assert_eq!((bench.counts().held, bench.counts().dead_lettered), (0, 1));
+    assert_eq!(bench.contexts.last().unwrap().reason, "rejected");
 }
 
 #[test]
