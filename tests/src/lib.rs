@@ -3,6 +3,7 @@
 pub mod engine_model;
 pub mod process;
 pub mod share_bounds;
+pub mod sim;
 
 /// Compiles the example in README.md.
 #[cfg(doctest)]

@@ -170,7 +170,7 @@ impl World {
 }
 
 /// Full replay and a checkpoint with the rest must agree. A record whose time has come may be noted as due or not yet.
-fn assert_same_rows(full: &Rows, short: &Rows, monotonic_ms: u64) {
+pub(crate) fn assert_same_rows(full: &Rows, short: &Rows, monotonic_ms: u64) {
     assert!(full.keys().eq(short.keys()), "rows are missing or too many");
     for (key, value) in full {
         let other = &short[key];

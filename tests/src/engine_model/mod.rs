@@ -7,14 +7,14 @@
 
 mod answers;
 mod check;
-mod crash;
+pub(crate) mod crash;
 mod drain;
 mod model;
 mod ops;
 mod promises;
 mod release;
-mod rng;
-mod store;
+pub(crate) mod rng;
+pub(crate) mod store;
 mod world;
 
 use std::cell::RefCell;

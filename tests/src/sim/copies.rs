@@ -1,0 +1,167 @@
+//! Brokers started on copies of the disk: with a bit flipped somewhere, and without the newest checkpoint. What they find
+//! must be what is known, or they must say what is wrong.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use felucca_broker::disk::{Disk, MemDisk};
+use felucca_broker::engine::types::Lsn;
+use felucca_broker::environment::Environment;
+use felucca_broker::shard::{StartError, Stepped, StorageOptions};
+
+use super::reader::read_around_damage;
+use super::recovery::limits;
+use super::world::{DATA, World};
+use crate::engine_model::crash::assert_same_rows;
+use crate::engine_model::store::Rows;
+
+/// Files in which a bit flips.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rotten {
+    Journal,
+    Log,
+    Checkpoint,
+}
+
+impl Rotten {
+    fn holds(self, path: &Path) -> bool {
+        let ends = |ending: &str| path.extension().is_some_and(|extension| extension == ending);
+        match self {
+            Self::Journal => path.starts_with(Path::new(DATA).join("journal")),
+            Self::Log => ends("log"),
+            Self::Checkpoint => ends("redb"),
+        }
+    }
+}
+
+fn rows(shard: &Stepped) -> Rows {
+    shard.engine().rows().into_iter().collect()
+}
+
+impl World {
+    fn start_copy(&self, disk: &MemDisk, environment: Environment) -> Result<Stepped, StartError> {
+        disk.kill();
+        disk.set_capacity(None);
+        let options = StorageOptions { environment, ..self.options.clone() };
+        let disk: Arc<dyn Disk> = Arc::new(disk.clone());
+        Stepped::start(&disk, Path::new(DATA), options)
+    }
+
+    /// What was recovered is what the older checkpoint with all of its journal says, too.
+    pub(crate) fn compare_with_older_checkpoint(&mut self, disk: &MemDisk, environment: Environment) {
+        let checkpoints: Vec<PathBuf> = disk
+            .files()
+            .into_iter()
+            .map(|(path, _)| path)
+            .filter(|path| Rotten::Checkpoint.holds(path))
+            .collect();
+        let Some(gone) = self.rng.pick(&checkpoints).cloned() else { return };
+        disk.remove(&gone).expect("a file that is there");
+        let shard = match self.start_copy(disk, environment) {
+            Ok(shard) => shard,
+            Err(error) => panic!("without {}: {error}", gone.display()),
+        };
+        let Some(here) = &self.shard else { return };
+        assert_same_rows(&rows(here), &rows(&shard), shard.monotonic_ms().max(here.monotonic_ms()));
+        self.coverage.meet("recovery", "from the other checkpoint");
+    }
+
+    /// A bit flips in a copy of the disk as it is, and a broker is started on it.
+    pub(crate) fn open_rotten(&mut self, place: Rotten) {
+        let disk = self.disk.fork();
+        let files: Vec<(PathBuf, u64)> =
+            disk.files().into_iter().filter(|(path, length)| *length > 0 && place.holds(path)).collect();
+        let Some((path, length)) = self.rng.pick(&files).cloned() else { return };
+        let (at, bit) = (self.place_in(place, length), self.rng.below(8) as u8);
+        disk.flip_bit(&path, at, bit);
+        self.note(|| format!("bit {bit} of byte {at} of {} flips", path.display()));
+        let others = files.len() > 1;
+        match self.start_copy(&disk, self.environment.fork()) {
+            Ok(shard) => self.look_at_copy(&shard, place, &path),
+            Err(StartError::Journal(error)) if place == Rotten::Journal => {
+                self.note(|| format!("refused: {error}"));
+                self.coverage.meet("recovery", "damaged journal refused");
+            }
+            Err(StartError::Checkpoint(error)) if place == Rotten::Checkpoint && !others => {
+                self.note(|| format!("refused: {error}"));
+                self.coverage.meet("recovery", "damaged checkpoint refused");
+            }
+            Err(error) => panic!("with a bit flipped in {}: {error}", path.display()),
+        }
+    }
+
+    fn place_in(&mut self, place: Rotten, length: u64) -> u64 {
+        match place {
+            // Files are longer than what is in them.
+            Rotten::Journal | Rotten::Checkpoint if self.rng.chance(80) => {
+                self.rng.below(length.min(12 << 10))
+            }
+            _ => self.rng.below(length),
+        }
+    }
+
+    fn look_at_copy(&mut self, shard: &Stepped, place: Rotten, path: &Path) {
+        // The last frame that was found: the start has added one.
+        let last = shard.written() - 1;
+        let all = self.written();
+        let cut = (self.shard.is_some() && last < all).then_some(last);
+        if let Some(last) = cut {
+            self.note(|| format!("cut behind {last} of {all}"));
+            assert!(
+                place == Rotten::Journal,
+                "frames behind {last} are gone with a bit in {}",
+                path.display()
+            );
+            self.check_cut(last);
+            self.coverage.meet("recovery", "damaged end cut");
+        }
+        let broker = shard.broker(1 << 20, limits());
+        let mut reported = 0;
+        for (key, log) in &self.history.logs {
+            let Ok(view) = broker.view(*key) else {
+                assert!(cut.is_some(), "{key} is gone with a bit in {}", path.display());
+                continue;
+            };
+            let mut found = BTreeSet::new();
+            read_around_damage(&view, |record| match record {
+                Ok(record) => {
+                    let wrong = log.agrees(record);
+                    assert!(wrong.is_ok(), "with a bit flipped in {}: {wrong:?}", path.display());
+                    found.insert(record.offset);
+                }
+                Err(offset) => {
+                    reported += 1;
+                    found.insert(offset);
+                }
+            });
+            for (offset, entry) in log.must_have(cut) {
+                assert!(
+                    found.contains(&offset),
+                    "offset {offset} of {key} is missing without a word, with a bit in {}: {entry:?}",
+                    path.display()
+                );
+            }
+        }
+        if reported > 0 {
+            assert!(place == Rotten::Log, "records cannot be read with a bit in {}", path.display());
+            self.coverage.meet("recovery", "damaged range reported");
+        }
+        if cut.is_none()
+            && place != Rotten::Log
+            && let Ok(sound) = self.start_copy(&self.disk.fork(), self.environment.fork())
+        {
+            let monotonic_ms = sound.monotonic_ms().max(shard.monotonic_ms());
+            assert_same_rows(&rows(&sound), &rows(shard), monotonic_ms);
+        }
+    }
+
+    /// Frames behind `last` were cut: then nothing that is left may say that the first of them was synced.
+    fn check_cut(&self, last: Lsn) {
+        let witness = self.told.range(last + 2..).find(|(_, synced)| **synced > last);
+        assert!(
+            witness.is_none(),
+            "frames behind {last} are cut, though {witness:?} says that they were synced"
+        );
+    }
+}
