@@ -15,6 +15,9 @@ pub type Row = (Vec<u8>, Option<Vec<u8>>);
 
 const NAMES: [&str; 2] = ["checkpoint-a.redb", "checkpoint-b.redb"];
 
+/// Extension of a file that could not be used and was set aside, for people to look at; the next one replaces it.
+const DAMAGED: &str = "damaged";
+
 /// Memory that each file may use as a cache: rows are read once at a start and rarely afterwards.
 const CACHE_BYTES: usize = 4 * 1024 * 1024;
 
@@ -78,7 +81,7 @@ impl CheckpointStore {
     /// checkpoint. All rows are verified before the first is passed, so `restore` sees one checkpoint only.
     ///
     /// # Errors
-    /// Nothing usable, a newer format, or what `restore` says.
+    /// Nothing usable, a newer format, a file that cannot be used nor be set aside, or what `restore` says.
     pub fn load<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
         &mut self,
         mut restore: impl FnMut(&[u8], &[u8]) -> Result<(), E>,
@@ -108,6 +111,7 @@ impl CheckpointStore {
                     other => refused(other.into()),
                 })?;
             self.newest = Some(at);
+            self.set_aside(failures.iter().map(|(file, _)| file))?;
             let fallback = failures.pop().map(|(file, reason)| format!("{}: {reason}", file.display()));
             if let Some(reason) = &fallback {
                 warn!(reason, used = %file.display(), "a checkpoint is not usable; the other one is used");
@@ -119,6 +123,19 @@ impl CheckpointStore {
             None => Ok(None),
             Some((file, reason)) => Err(CheckpointError::Unusable { file, reason, other: failures.pop() }),
         }
+    }
+
+    /// Takes files that cannot be used out of the way before anything is done that rests on the other one: the replay writes
+    /// segments anew which a newer checkpoint says are synced. If its file could be read again after a crash, it would be wrong.
+    fn set_aside<'f>(&self, files: impl Iterator<Item = &'f PathBuf>) -> Result<(), CheckpointError> {
+        let mut any = false;
+        for file in files {
+            let failed = |source| CheckpointError::Io { file: file.clone(), source };
+            self.disk.rename(file, &file.with_extension(DAMAGED)).map_err(failed)?;
+            any = true;
+        }
+        let failed = |source| CheckpointError::Io { file: self.directory.clone(), source };
+        if any { self.disk.sync_dir(&self.directory).map_err(failed) } else { Ok(()) }
     }
 
     fn find_newest(&self) -> Option<usize> {

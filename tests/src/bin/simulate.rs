@@ -102,7 +102,7 @@ fn options() -> Result<Options, String> {
             "--steps" => options.steps = number(&value()?)?,
             "--skip" => options.skipped = steps(&value()?)?,
             "--jobs" => {
-                options.jobs = usize::try_from(number(&value()?)?).map_err(|error| error.to_string())?
+                options.jobs = usize::try_from(number(&value()?)?).map_err(|error| error.to_string())?;
             }
             "--shrink" => options.shrinking = Duration::from_secs(number(&value()?)?),
             "--plant" => options.plant = Some(value()?),

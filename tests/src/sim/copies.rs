@@ -56,7 +56,8 @@ impl World {
             .map(|(path, _)| path)
             .filter(|path| Rotten::Checkpoint.holds(path))
             .collect();
-        let Some(gone) = self.rng.pick(&checkpoints).cloned() else { return };
+        let gone = self.rng.pick(&checkpoints).cloned();
+        let Some(gone) = gone.filter(|_| checkpoints.len() > 1) else { return };
         disk.remove(&gone).expect("a file that is there");
         let shard = match self.start_copy(disk, environment) {
             Ok(shard) => shard,

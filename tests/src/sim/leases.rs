@@ -278,8 +278,9 @@ impl Leases {
 
     /// After a start every member has a new session.
     pub(crate) fn booted(&mut self, now_ms: u64) {
-        for heard in self.heard.values_mut() {
-            *heard = now_ms;
+        let members: Vec<(String, String)> = self.heard.keys().cloned().collect();
+        for (group, member) in members {
+            self.hear(now_ms, &group, &member);
         }
     }
 }

@@ -9,7 +9,7 @@
 //! [`world`] holds all of it together and takes the steps; [`faults`] does harm; [`recovery`] ends and starts runs, also on
 //! copies of the disk; [`history`] and [`leases`] remember what has left the broker and must therefore be so; [`finish`]
 //! heals everything and sees that it comes to rest. A run is determined by its seed and its plan: what a step does is drawn
-//! from the seed and the step's number, so that a failing run can be cut down step by step ([`shrink`]).
+//! from the seed and the step's number, so that a failing run can be cut down step by step ([`shrink()`]).
 
 mod admin;
 mod answers;
