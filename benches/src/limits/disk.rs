@@ -26,6 +26,8 @@ pub(super) fn measure(
     // The first pass touches memory and blocks that were never used before, which is several times slower than the next.
     sequential(&file, block, time * 4, file_bytes, None)?;
     let written = sequential(&file, block, time, file_bytes, None)?;
+    // Or the first sync would have to write all of that.
+    file.sync_data()?;
     let synced = sequential(&file, block, time, file_bytes, Some(SYNC_EVERY))?;
     file.sync_all()?;
     drop(file);
