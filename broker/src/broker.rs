@@ -120,6 +120,20 @@ impl Broker {
         }
     }
 
+    /// As [`Self::call`], for a thread that may block; waits for as long as the shard lives.
+    ///
+    /// # Errors
+    /// The engine's refusal.
+    pub fn call_blocking(&self, command: Command) -> Result<Reply, BrokerError> {
+        let (responder, answer) = Once::channel();
+        self.submit([Submission::new(command, responder, 0)]);
+        match answer.blocking_recv() {
+            Ok(Reply::Error(error)) => Err(error.into()),
+            Ok(reply) => Ok(reply),
+            Err(_) => Err(EngineError::Stopping.into()),
+        }
+    }
+
     /// What readers see of a partition.
     ///
     /// # Errors

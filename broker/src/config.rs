@@ -146,7 +146,27 @@ pub static KEYS: &[Key] = &[
     key(
         "retention.check-interval",
         Kind::Time(|s| &mut s.retention.check_interval, Duration::from_millis(100), HOUR),
-        "How often it is looked what the retention of topics wants deleted",
+        "How often it is looked what the retention of topics wants deleted, and what is to be compacted",
+    ),
+    key(
+        "retention.pinned-bytes",
+        Kind::Bytes(|s| &mut s.retention.pinned_bytes, ByteSize::kib(64), ByteSize::gib(1024)),
+        "Bytes below its log start that a partition keeps for share groups before what they have in hand is copied aside",
+    ),
+    key(
+        "cleaner.interval",
+        Kind::Time(|s| &mut s.cleaner.interval, Duration::from_millis(10), HOUR),
+        "Pause of the cleaner between two looks for work",
+    ),
+    key(
+        "cleaner.dedupe-buffer-bytes",
+        Kind::Bytes(|s| &mut s.cleaner.dedupe_buffer_bytes, ByteSize::mib(1), ByteSize::gib(64)),
+        "Memory for keys while a partition is compacted, 24 bytes for each",
+    ),
+    key(
+        "cleaner.max-bytes-per-second",
+        Kind::Bytes(|s| &mut s.cleaner.max_bytes_per_second, ByteSize::kib(64), ByteSize::gib(64)),
+        "What the cleaner reads and writes together in a second",
     ),
     key(
         "unwritten-bytes",

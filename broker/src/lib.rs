@@ -3,6 +3,7 @@
 pub mod broker;
 pub mod byte_size;
 pub mod checkpoint;
+pub mod cleaner;
 pub mod config;
 pub mod disk;
 pub mod engine;

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::broker::{Broker, BrokerLimits};
+use crate::cleaner::{Cleaner, CleanerOptions};
 use crate::disk::{Disk, RealDisk};
 use crate::engine::config::EngineSettings;
 use crate::environment::Environment;
@@ -67,6 +68,7 @@ pub struct Server {
     address: SocketAddr,
     broker: Broker,
     running: Option<Running>,
+    cleaner: Option<Cleaner>,
     ended: CancellationToken,
     listener: JoinHandle<()>,
     patience: Duration,
@@ -106,9 +108,10 @@ impl Server {
         let bound = async {
             let listener = NativeListener::bind(settings.listen, native_settings(&settings)).await?;
             let address = listener.local_addr()?;
-            Ok((listener, address))
+            let cleaner = Cleaner::start(broker.clone(), cleaner_options(&settings))?;
+            Ok((listener, address, cleaner))
         };
-        let (listener, address) = match bound.await {
+        let (listener, address, cleaner) = match bound.await {
             Ok(bound) => bound,
             Err(source) => {
                 stop(running).await;
@@ -122,6 +125,7 @@ impl Server {
             broker,
             ended: running.ended.clone(),
             running: Some(running),
+            cleaner: Some(cleaner),
             patience: settings.shutdown_timeout,
             lock: Some(lock),
         })
@@ -152,6 +156,11 @@ impl Server {
             self.listener.abort();
         }
         if let Some(running) = self.running.take() {
+            let cleaner = self.cleaner.take();
+            let stopped = spawn_blocking(move || cleaner.map(Cleaner::stop)).await;
+            if stopped.is_err() {
+                tracing::error!("the cleaner did not stop in order");
+            }
             stop(running).await;
         }
         tracing::info!("stopped");
@@ -165,7 +174,11 @@ impl Drop for Server {
         if let Some(running) = self.running.take() {
             // The directory is free for others when everything has been stored, not before.
             let lock = self.lock.take();
+            let cleaner = self.cleaner.take();
             std::thread::spawn(move || {
+                if let Some(cleaner) = cleaner {
+                    cleaner.stop();
+                }
                 running.stop();
                 drop(lock);
             });
@@ -185,6 +198,7 @@ fn storage_options(settings: &ServerSettings) -> StorageOptions {
         engine: EngineSettings {
             segment_bytes: settings.segment.bytes.0,
             retention_interval: settings.retention.check_interval,
+            max_pinned_bytes: settings.retention.pinned_bytes.0,
             session_timeout: settings.session_timeout,
             max_topics: limits.topics,
             max_partitions: limits.partitions,
@@ -217,6 +231,14 @@ fn storage_options(settings: &ServerSettings) -> StorageOptions {
         },
         sync_interval: settings.journal.sync_interval,
         environment: Environment::default(),
+    }
+}
+
+fn cleaner_options(settings: &ServerSettings) -> CleanerOptions {
+    CleanerOptions {
+        interval: settings.cleaner.interval,
+        key_bytes: settings.cleaner.dedupe_buffer_bytes.0,
+        bytes_per_second: settings.cleaner.max_bytes_per_second.0,
     }
 }
 

@@ -59,6 +59,7 @@ pub struct ServerSettings {
     pub journal: JournalSettings,
     pub segment: SegmentSettings,
     pub retention: RetentionSettings,
+    pub cleaner: CleanerSettings,
     /// Bytes journaled and not yet written to segments; beyond it producers wait.
     pub unwritten_bytes: ByteSize,
     /// Memory for the most recent batches of all partitions, so that readers near the end need no disk.
@@ -98,6 +99,20 @@ pub struct SegmentSettings {
 pub struct RetentionSettings {
     /// How often it is looked what the retention of topics wants deleted.
     pub check_interval: Duration,
+    /// Bytes below the log start that are kept of a partition for share groups; beyond it what they have in hand is copied
+    /// aside.
+    pub pinned_bytes: ByteSize,
+}
+
+/// Compaction by key.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CleanerSettings {
+    /// Pause between two looks for work.
+    pub interval: Duration,
+    /// Memory for keys.
+    pub dedupe_buffer_bytes: ByteSize,
+    /// Read and written together, in a second.
+    pub max_bytes_per_second: ByteSize,
 }
 
 /// When state is checkpointed; whichever comes first.
@@ -154,7 +169,15 @@ impl Default for ServerSettings {
                 sync_interval: Duration::from_millis(50),
             },
             segment: SegmentSettings { bytes: ByteSize::mib(256) },
-            retention: RetentionSettings { check_interval: Duration::from_secs(10) },
+            retention: RetentionSettings {
+                check_interval: Duration::from_secs(10),
+                pinned_bytes: ByteSize::gib(1),
+            },
+            cleaner: CleanerSettings {
+                interval: Duration::from_secs(15),
+                dedupe_buffer_bytes: ByteSize::mib(128),
+                max_bytes_per_second: ByteSize::mib(64),
+            },
             unwritten_bytes: ByteSize::mib(64),
             tail_cache_bytes: ByteSize::mib(64),
             reread_cache_bytes: ByteSize::mib(128),

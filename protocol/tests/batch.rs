@@ -396,6 +396,39 @@ fn a_record_that_changed_under_its_place_is_noticed() {
 }
 
 #[test]
+fn a_compacted_batch_stands_for_what_is_gone_and_says_when_tombstones_may_go() {
+    for compression in [Compression::None, Compression::Lz4] {
+        let batch = three(compression);
+        let records = all(&batch);
+        assert_eq!(batch::compact(&batch, &[500, 501, 502], 502, None).unwrap(), batch);
+        let fewer = batch::compact(&batch, &[500, 502], 900, None).unwrap();
+        let header = batch::check(&fewer).unwrap();
+        assert_eq!((header.base_offset, header.last_offset(), header.record_count), (500, 900, 2));
+        assert_eq!((header.max_timestamp, header.delete_horizon()), (2_000, None));
+        assert_eq!((header.producer_id, header.partition_epoch), (7, 3));
+        assert_eq!(all(&fewer), [records[0].clone(), records[2].clone()]);
+        for horizon in [0, 9_999, 1_800_000_000_000, i64::MAX] {
+            let marked = batch::compact(&fewer, &[500, 502], 900, Some(horizon)).unwrap();
+            let header = batch::check(&marked).unwrap();
+            assert_eq!((header.delete_horizon(), header.max_timestamp), (Some(horizon), 2_000));
+            assert_eq!(all(&marked), all(&fewer), "times stay");
+            // The first horizon holds.
+            let again = batch::compact(&marked, &[502], 700, Some(5)).unwrap();
+            assert_eq!(batch::check(&again).unwrap().delete_horizon(), Some(horizon));
+            assert_eq!(all(&again), records[2..]);
+        }
+    }
+    let batch = three(Compression::None);
+    let refused = |offsets: &[u64], last| batch::compact(&batch, offsets, last, None).unwrap_err();
+    assert_eq!(refused(&[], 502), BatchError::Empty);
+    assert_eq!(refused(&[503], 503), BatchError::NoSuchOffset(503));
+    assert_eq!(refused(&[502], 501), BatchError::NoSuchOffset(502));
+    for last in [499, 500 + (1 << 31)] {
+        assert_eq!(refused(&[500], last), BatchError::Range { base_offset: 500, last_offset: last });
+    }
+}
+
+#[test]
 fn a_concatenation_comes_apart_until_it_is_damaged() {
     let one = three(Compression::None);
     let two = three(Compression::Lz4);
@@ -430,6 +463,7 @@ fn try_everything(bytes: &Bytes) {
     if let Ok(Some(places)) = RecordPlaces::of(bytes) {
         filter_at_places(&places, bytes, &[places.header().base_offset]).unwrap();
     }
+    let _ = batch::compact(bytes, &[0, 2], 5, Some(1));
     for part in batch::split(bytes).flatten() {
         let _ = BatchHeader::parse(&part);
     }

@@ -312,14 +312,14 @@ fn a_reader_that_goes_away_ends_a_command_quietly() {
 #[test]
 fn topics_and_groups_are_managed() {
     let shell = Shell::new();
-    shell.run("topic create orders --partitions 3 --config segment-bytes=1MiB").ok();
+    shell.run("topic create orders --partitions 3 --config segment.bytes=1MiB").ok();
     shell.run("topic create orders").refused(1, "exists");
-    shell.run("topic create other --config segment-byte=1MiB").refused(1, "segment-bytes");
+    shell.run("topic create other --config segment-byte=1MiB").refused(1, "segment.bytes");
     shell.run("topic create bad/name").refused(1, "bad/name");
     shell.run("topic alter orders --config allow-written=true").ok();
     shell.run_with("produce orders --ack written --output json", b"x\n").ok();
     let topic = shell.run("topic describe orders --output json").ok().lines().remove(0);
-    assert_eq!(topic["config"]["segment-bytes"], "1MiB");
+    assert_eq!(topic["config"]["segment.bytes"], "1048576");
     assert_eq!(topic["config"]["allow-written"], "true");
     assert_eq!(topic["offsets"].as_array().unwrap().len(), 3);
 
@@ -412,7 +412,7 @@ fn a_server_that_cannot_start_says_why() {
 #[test]
 fn files_are_looked_into_without_a_broker() {
     let shell = Shell::new();
-    shell.run("topic create orders --config segment-bytes=64KiB").ok();
+    shell.run("topic create orders --config segment.bytes=64KiB").ok();
     let lines: String = (0..20_000).map(|number| format!("record number {number}\n")).collect();
     shell.run_with("produce orders", lines.as_bytes()).ok();
     let Shell { broker, data } = shell;

@@ -14,12 +14,14 @@ use super::parse::{Pair, borrowed};
 pub(super) enum Topic {
     /// Create a topic
     #[command(after_help = "\
-Settings: segment-bytes, allow-written, visibility, retention, retention-bytes.
+Settings: cleanup.policy (delete, compact, or compact,delete), retention.ms, retention.bytes, delete.retention.ms,
+min.compaction.lag.ms, max.compaction.lag.ms, min.cleanable.dirty.ratio, segment.bytes, segment.ms, allow-written, visibility.
 
 Examples:
   felucca topic create orders --partitions 4
-  felucca topic create clicks --partitions 8 --config allow-written=true --config segment-bytes=64MiB
-  felucca topic create audit --config retention=30days --config retention-bytes=10GiB")]
+  felucca topic create clicks --partitions 8 --config allow-written=true --config segment.bytes=64MiB
+  felucca topic create customers --config cleanup.policy=compact
+  felucca topic create audit --config retention.ms=30days --config retention.bytes=10GiB")]
     Create {
         name: String,
         /// Number of partitions; records of one key stay in one partition
@@ -36,7 +38,7 @@ Examples:
     #[command(after_help = "Example:\n  felucca topic describe orders")]
     Describe { name: String },
     /// Change settings of a topic
-    #[command(after_help = "Example:\n  felucca topic alter orders --config segment-bytes=64MiB")]
+    #[command(after_help = "Example:\n  felucca topic alter orders --config segment.bytes=64MiB")]
     Alter {
         name: String,
         /// The new value of a setting; may be repeated

@@ -3,6 +3,7 @@
 use bytes::BytesMut;
 use felucca_protocol::batch::BatchHeader;
 
+use super::cleaning::Replacement;
 use super::error::EngineError;
 use super::types::{LeaseId, Level, PartitionKey, SubscriptionId, TopicId};
 
@@ -115,6 +116,20 @@ pub enum Command {
         topic: String,
         partition: u32,
         before: u64,
+    },
+    /// Asks for work for the cleaner, which is then its own until it asks again.
+    NextCleaning,
+    /// The cleaner has put what is still needed of neighbouring segments into others, which are on the device. Refused when
+    /// that does not hold any more; nothing is changed then.
+    ReplaceSegments(Replacement),
+    /// The cleaner has looked at everything below `cleaned_until`.
+    EndCleaning {
+        partition: PartitionKey,
+        cleaned_until: u64,
+        /// When the next tombstone below may go, Unix ms.
+        tombstones_due_ms: Option<i64>,
+        /// There were more keys than it could remember: the next cleaning may go on at once.
+        more: bool,
     },
     /// No names = every topic.
     Metadata {

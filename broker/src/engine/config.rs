@@ -13,8 +13,11 @@ use crate::byte_size::ByteSize;
 pub struct EngineSettings {
     /// Size at which a partition goes on in a new segment, unless its topic says otherwise. Bytes.
     pub segment_bytes: u64,
-    /// How often it is looked what retention wants deleted.
+    /// How often it is looked what retention wants deleted, and what is to be cleaned.
     pub retention_interval: Duration,
+    /// Bytes below the log start that are kept of a partition for share groups; beyond it what they have in hand is copied
+    /// aside.
+    pub max_pinned_bytes: u64,
     /// A member of a group is lost when nothing was heard of it for so long.
     pub session_timeout: Duration,
     pub max_topics: u64,
@@ -42,6 +45,7 @@ impl Default for EngineSettings {
         Self {
             segment_bytes: 256 << 20,
             retention_interval: Duration::from_secs(10),
+            max_pinned_bytes: 1 << 30,
             session_timeout: Duration::from_secs(10),
             max_topics: 10_000,
             max_partitions: 100_000,
@@ -57,34 +61,65 @@ impl Default for EngineSettings {
     }
 }
 
-const TOPIC_KEYS: &[&str] = &["segment-bytes", "allow-written", "visibility", "retention", "retention-bytes"];
-/// A retention without end.
-const FOREVER: &str = "forever";
-/// A size without bound.
-const UNLIMITED: &str = "unlimited";
+const TOPIC_KEYS: &[&str] = &[
+    "cleanup.policy",
+    "retention.ms",
+    "retention.bytes",
+    "delete.retention.ms",
+    "min.compaction.lag.ms",
+    "max.compaction.lag.ms",
+    "min.cleanable.dirty.ratio",
+    "segment.bytes",
+    "segment.ms",
+    "allow-written",
+    "visibility",
+];
+/// For ever, or without bound.
+const UNLIMITED: &str = "-1";
 
-/// Settings of one topic.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Settings of one topic. Those that Kafka has too are named as there.
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct TopicConfig {
-    pub(crate) segment_bytes: u64,
-    /// Producers may ask for the level `written`.
-    pub(crate) allow_written: bool,
-    /// The level at which records become visible to readers.
-    pub(crate) visibility: Level,
+    /// Records are deleted by age and by size.
+    pub(crate) delete: bool,
+    /// Of records with the same key only the latest is kept.
+    pub(crate) compact: bool,
     /// How long records are kept at least, in milliseconds; `None` = for ever.
     pub(crate) retention_ms: Option<u64>,
     /// Bytes of the newest records that are kept of a partition at least; `None` = all.
     pub(crate) retention_bytes: Option<u64>,
+    /// How long a tombstone stays at least once what it deletes is gone, in milliseconds.
+    pub(crate) delete_retention_ms: u64,
+    /// How long a record is left alone by compaction at least, in milliseconds.
+    pub(crate) min_compaction_lag_ms: u64,
+    /// After how long it is looked at in any case; `None` = never.
+    pub(crate) max_compaction_lag_ms: Option<u64>,
+    /// What part of a log must be new before it is compacted again.
+    pub(crate) min_dirty_ratio: f64,
+    pub(crate) segment_bytes: u64,
+    /// A segment ends when its first record is older than that, so that it can be compacted.
+    pub(crate) segment_ms: u64,
+    /// Producers may ask for the level `written`.
+    pub(crate) allow_written: bool,
+    /// The level at which records become visible to readers.
+    pub(crate) visibility: Level,
 }
 
 impl TopicConfig {
     pub(crate) fn new(settings: &EngineSettings) -> Self {
         Self {
-            segment_bytes: settings.segment_bytes,
-            allow_written: false,
-            visibility: Level::Synced,
+            delete: true,
+            compact: false,
             retention_ms: None,
             retention_bytes: None,
+            delete_retention_ms: DAY_MS,
+            min_compaction_lag_ms: 0,
+            max_compaction_lag_ms: None,
+            min_dirty_ratio: 0.5,
+            segment_bytes: settings.segment_bytes,
+            segment_ms: 7 * DAY_MS,
+            allow_written: false,
+            visibility: Level::Synced,
         }
     }
 
@@ -96,10 +131,35 @@ impl TopicConfig {
     /// Applies `key=value` pairs; nothing is changed when one of them is refused.
     pub(crate) fn with(mut self, entries: &[(String, String)]) -> Result<Self, EngineError> {
         for (key, value) in entries {
+            let limited = Some(value).filter(|value| *value != UNLIMITED);
+            let lag = |value: &String| parse_millis(key, value, 0, 3_650 * DAY_MS);
             match key.as_str() {
-                "segment-bytes" => {
+                "cleanup.policy" => {
+                    let choices = [
+                        ("delete", (true, false)),
+                        ("compact", (false, true)),
+                        ("compact,delete", (true, true)),
+                        ("delete,compact", (true, true)),
+                    ];
+                    (self.delete, self.compact) = parse_choice(key, value, &choices)?;
+                }
+                "retention.ms" => {
+                    let parse = |value: &String| parse_millis(key, value, 60_000, 3_650 * DAY_MS);
+                    self.retention_ms = limited.map(parse).transpose()?;
+                }
+                "retention.bytes" => {
+                    let most = ByteSize::gib(1 << 20);
+                    let parse = |value: &String| parse_bytes(key, value, ByteSize::kib(64), most);
+                    self.retention_bytes = limited.map(parse).transpose()?;
+                }
+                "delete.retention.ms" => self.delete_retention_ms = lag(value)?,
+                "min.compaction.lag.ms" => self.min_compaction_lag_ms = lag(value)?,
+                "max.compaction.lag.ms" => self.max_compaction_lag_ms = limited.map(lag).transpose()?,
+                "min.cleanable.dirty.ratio" => self.min_dirty_ratio = parse_number(key, value, 0.0, 1.0)?,
+                "segment.bytes" => {
                     self.segment_bytes = parse_bytes(key, value, ByteSize::kib(64), ByteSize::gib(1))?;
                 }
+                "segment.ms" => self.segment_ms = parse_millis(key, value, 1_000, 3_650 * DAY_MS)?,
                 "allow-written" => {
                     self.allow_written = parse_choice(key, value, &[("true", true), ("false", false)])?;
                 }
@@ -107,38 +167,39 @@ impl TopicConfig {
                     self.visibility =
                         parse_choice(key, value, &[("synced", Level::Synced), ("written", Level::Written)])?;
                 }
-                "retention" if value == FOREVER => self.retention_ms = None,
-                "retention" => {
-                    self.retention_ms = Some(parse_millis(key, value, 60_000, 3_650 * DAY_MS)?);
-                }
-                "retention-bytes" if value == UNLIMITED => self.retention_bytes = None,
-                "retention-bytes" => {
-                    let most = ByteSize::gib(1 << 20);
-                    self.retention_bytes = Some(parse_bytes(key, value, ByteSize::kib(64), most)?);
-                }
                 _ => return Err(unknown_key("topic", key, TOPIC_KEYS)),
             }
         }
         if self.visibility == Level::Written && !self.allow_written {
             return Err(EngineError::InvalidConfig("visibility=written needs allow-written=true".to_owned()));
         }
+        if self.max_compaction_lag_ms.is_some_and(|most| most < self.min_compaction_lag_ms) {
+            let why = "max.compaction.lag.ms is below min.compaction.lag.ms";
+            return Err(EngineError::InvalidConfig(why.to_owned()));
+        }
         Ok(self)
     }
 
     pub(crate) fn entries(&self) -> Vec<(String, String)> {
-        let visibility = if self.visibility == Level::Synced { "synced" } else { "written" };
-        let retention = self.retention_ms.map_or_else(
-            || FOREVER.to_owned(),
-            |ms| humantime::format_duration(Duration::from_millis(ms)).to_string(),
-        );
-        let retention_bytes =
-            self.retention_bytes.map_or_else(|| UNLIMITED.to_owned(), |bytes| ByteSize(bytes).to_string());
+        let limit =
+            |limit: Option<u64>| limit.map_or_else(|| UNLIMITED.to_owned(), |limit| limit.to_string());
+        let policy = match (self.compact, self.delete) {
+            (false, _) => "delete",
+            (true, false) => "compact",
+            (true, true) => "compact,delete",
+        };
         [
-            ("segment-bytes", ByteSize(self.segment_bytes).to_string()),
+            ("cleanup.policy", policy.to_owned()),
+            ("retention.ms", limit(self.retention_ms)),
+            ("retention.bytes", limit(self.retention_bytes)),
+            ("delete.retention.ms", self.delete_retention_ms.to_string()),
+            ("min.compaction.lag.ms", self.min_compaction_lag_ms.to_string()),
+            ("max.compaction.lag.ms", limit(self.max_compaction_lag_ms)),
+            ("min.cleanable.dirty.ratio", self.min_dirty_ratio.to_string()),
+            ("segment.bytes", self.segment_bytes.to_string()),
+            ("segment.ms", self.segment_ms.to_string()),
             ("allow-written", self.allow_written.to_string()),
-            ("visibility", visibility.to_owned()),
-            ("retention", retention),
-            ("retention-bytes", retention_bytes),
+            ("visibility", if self.visibility == Level::Synced { "synced" } else { "written" }.to_owned()),
         ]
         .map(|(key, value)| (key.to_owned(), value))
         .into()
@@ -435,8 +496,9 @@ fn parse_number<T: std::str::FromStr + PartialOrd + std::fmt::Display>(
 }
 
 fn parse_millis(key: &str, value: &str, min: u64, max: u64) -> Result<u64, EngineError> {
-    let millis =
-        humantime::parse_duration(value).ok().and_then(|duration| u64::try_from(duration.as_millis()).ok());
+    let timed = || humantime::parse_duration(value).ok();
+    let plain = || value.parse().ok().filter(|_| key.ends_with(".ms"));
+    let millis = plain().or_else(|| timed().and_then(|duration| u64::try_from(duration.as_millis()).ok()));
     match millis {
         Some(millis) if millis >= min && millis <= max => Ok(millis),
         _ => {
@@ -496,13 +558,18 @@ mod tests {
         assert_eq!(ShareConfig::default().with(&config.entries()).unwrap(), config);
         let topic = TopicConfig::new(&EngineSettings::default())
             .with(&pairs(&[
-                ("segment-bytes", "1MiB"),
+                ("cleanup.policy", "compact,delete"),
+                ("segment.bytes", "1MiB"),
                 ("allow-written", "true"),
                 ("visibility", "written"),
-                ("retention", "30days"),
-                ("retention-bytes", "3GiB"),
+                ("retention.ms", "30days"),
+                ("retention.bytes", "3GiB"),
+                ("min.compaction.lag.ms", "60000"),
+                ("max.compaction.lag.ms", "3h"),
+                ("min.cleanable.dirty.ratio", "0.25"),
             ]))
             .unwrap();
+        assert_eq!((topic.min_compaction_lag_ms, topic.max_compaction_lag_ms), (60_000, Some(10_800_000)));
         assert_eq!(TopicConfig::new(&EngineSettings::default()).with(&topic.entries()).unwrap(), topic);
     }
 
@@ -516,6 +583,23 @@ mod tests {
         let many: Vec<(String, String)> =
             (0..65).map(|i| (format!("class.c{i}.max-failures"), "2".to_owned())).collect();
         assert!(ShareConfig::default().with(&many).unwrap_err().to_string().contains("at most 64"));
+    }
+
+    #[test]
+    fn topic_settings_are_refused_where_they_contradict_each_other() {
+        let given = |entries: &[(&str, &str)]| {
+            TopicConfig::new(&EngineSettings::default())
+                .with(&pairs(entries))
+                .map_err(|error| error.to_string())
+        };
+        let forever =
+            given(&[("retention.ms", "1h"), ("retention.ms", "-1"), ("retention.bytes", "-1")]).unwrap();
+        assert_eq!((forever.retention_ms, forever.retention_bytes), (None, None));
+        assert!(given(&[("retention.ms", "12")]).unwrap_err().contains("from 1m to"));
+        assert!(given(&[("retention", "1h")]).unwrap_err().contains("retention.ms"));
+        assert!(given(&[("cleanup.policy", "shrink")]).unwrap_err().contains("compact,delete"));
+        let lags = [("min.compaction.lag.ms", "10s"), ("max.compaction.lag.ms", "9s")];
+        assert!(given(&lags).unwrap_err().contains("is below"));
     }
 
     #[test]

@@ -211,6 +211,8 @@ pub enum Reply {
     RecordsDeleted {
         log_start: u64,
     },
+    /// What is most in need of cleaning.
+    Cleaning(Option<super::cleaning::Cleaning>),
     /// So many records were made due.
     Kicked {
         records: u64,
@@ -312,6 +314,13 @@ pub enum ViewChange {
     /// Segments of one partition.
     SegmentsRemoved {
         segments: Vec<SegmentName>,
+    },
+    /// Neighbouring segments of one partition, and those that are in their place now, with their bytes: they are complete and
+    /// on the device.
+    SegmentsReplaced {
+        partition: PartitionKey,
+        removed: Vec<SegmentName>,
+        added: Vec<(SegmentName, u64)>,
     },
     Removed {
         partition: PartitionKey,

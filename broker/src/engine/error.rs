@@ -43,6 +43,9 @@ pub enum EngineError {
     NotAssigned(PartitionKey),
     #[error("offset {offset} is beyond the end {end} of partition {partition}")]
     OffsetOutOfRange { partition: PartitionKey, offset: u64, end: u64 },
+    /// The log has changed since the cleaner looked at it.
+    #[error("cleaning does not fit the log: {0}")]
+    StaleCleaning(&'static str),
     #[error("group {0:?} has active members")]
     GroupNotEmpty(String),
     #[error("{what} at its limit of {limit}")]

@@ -163,6 +163,39 @@ impl Engine {
                 out.view_changes.push(ViewChange::SegmentsRemoved { segments });
                 self.desk.dirty.insert(RowKey::Partition(key));
             }
+            Kind::GenerationsReserved(event) => {
+                let key = partition_key(&event.topic_id, event.partition)?;
+                let partition = self.partition_of(key)?;
+                partition.next_generation = partition.next_generation.max(event.next_generation);
+                self.desk.dirty.insert(RowKey::Partition(key));
+            }
+            Kind::SegmentsReplaced(event) => {
+                let key = partition_key(&event.topic_id, event.partition)?;
+                let partition = self.partition_of(key)?;
+                let removed: Vec<_> =
+                    event.removed.iter().map(|segment| (segment.base_offset, segment.generation)).collect();
+                let added: Vec<_> = event.added.iter().map(Segment::from_row).collect();
+                if !partition.replace_segments(&removed, &added) {
+                    return corrupt(format!("segments of {key} cannot be replaced: {event:?}"));
+                }
+                let name = |base_offset, generation| SegmentName { partition: key, base_offset, generation };
+                out.view_changes.push(ViewChange::SegmentsReplaced {
+                    partition: key,
+                    removed: removed
+                        .iter()
+                        .map(|&(base_offset, generation)| name(base_offset, generation))
+                        .collect(),
+                    added: added.iter().map(|s| (name(s.base_offset, s.generation), s.bytes)).collect(),
+                });
+                self.desk.dirty.insert(RowKey::Partition(key));
+            }
+            Kind::Cleaned(event) => {
+                let key = partition_key(&event.topic_id, event.partition)?;
+                let partition = self.partition_of(key)?;
+                partition.cleaned_until = event.cleaned_until;
+                partition.tombstones_due_ms = event.tombstones_due_ms;
+                self.desk.dirty.insert(RowKey::Partition(key));
+            }
             Kind::ShareStarted(event) => {
                 let key = partition_key(&event.topic_id, event.partition)?;
                 let fence = LeaseId { boot_epoch: event.fence_boot_epoch, sequence: event.fence_sequence };

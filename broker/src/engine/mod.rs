@@ -13,6 +13,7 @@
 mod append;
 mod catalog;
 pub mod checkpoint;
+pub mod cleaning;
 pub mod command;
 pub mod config;
 mod consumer_group;
@@ -159,6 +160,8 @@ pub struct Engine {
     wall_ms: i64,
     /// The last partition that a look at retention, which is taken in pieces, has come to.
     retention_cursor: Option<PartitionKey>,
+    /// Partitions that the last look at retention found in need of cleaning, and how much they are.
+    cleanable: BTreeMap<PartitionKey, f64>,
     /// High watermarks to come: (frame, partition, end), for each level in the order of frames.
     unwritten: VecDeque<(Lsn, PartitionKey, u64)>,
     unsynced: VecDeque<(Lsn, PartitionKey, u64)>,
@@ -182,6 +185,7 @@ impl Engine {
             desk,
             wall_ms: 0,
             retention_cursor: None,
+            cleanable: BTreeMap::new(),
             unwritten: VecDeque::new(),
             unsynced: VecDeque::new(),
             ceilings: VecDeque::new(),
@@ -333,6 +337,11 @@ impl Engine {
             Command::DeleteTopic { name } => self.delete_topic(&name, out),
             Command::DeleteRecords { topic, partition, before } => {
                 self.delete_records(now, lsn, &topic, partition, before, out)
+            }
+            Command::NextCleaning => Ok(self.next_cleaning(now, out)),
+            Command::ReplaceSegments(replacement) => self.replace_segments(now, lsn, &replacement, out),
+            Command::EndCleaning { partition, cleaned_until, tombstones_due_ms, more } => {
+                self.end_cleaning(partition, cleaned_until, tombstones_due_ms, more, out)
             }
             Command::Metadata { names } => Ok(self.metadata(names)),
             Command::InitProducer => Ok(self.init_producer(out)),

@@ -36,6 +36,16 @@ impl Segment {
     pub(crate) fn new(base_offset: u64, generation: u32) -> Self {
         Self { base_offset, generation, bytes: 0, first_ms: 0, last_ms: 0 }
     }
+
+    pub(crate) fn to_row(&self) -> SegmentRow {
+        let Self { base_offset, generation, bytes, first_ms, last_ms } = *self;
+        SegmentRow { base_offset, generation, bytes, first_ms, last_ms }
+    }
+
+    pub(crate) fn from_row(row: &SegmentRow) -> Self {
+        let SegmentRow { base_offset, generation, bytes, first_ms, last_ms } = *row;
+        Self { base_offset, generation, bytes, first_ms, last_ms }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -66,7 +76,13 @@ pub(crate) struct Partition {
     /// and others may be missing between them.
     pub(crate) segments: Vec<Segment>,
     /// Of the next segment: names of files are never used again.
-    next_generation: u32,
+    pub(crate) next_generation: u32,
+    /// No key has two records below it.
+    pub(crate) cleaned_until: u64,
+    /// When the next tombstone below it may go, Unix ms.
+    pub(crate) tombstones_due_ms: Option<i64>,
+    /// How far the last cleaning was to go, and when, Unix ms; derived, and not remembered over a restart.
+    pub(crate) last_cleaning: Option<(u64, i64)>,
     producers: BTreeMap<u64, Producer>,
 }
 
@@ -89,6 +105,9 @@ impl Partition {
             covered: 0,
             segments: vec![Segment::new(0, 0)],
             next_generation: 1,
+            cleaned_until: 0,
+            tombstones_due_ms: None,
+            last_cleaning: None,
             producers: BTreeMap::new(),
         }
     }
@@ -242,6 +261,29 @@ impl Partition {
         found.map(|at| self.segments.remove(at)).is_some()
     }
 
+    /// Puts segments into the place of neighbouring ones; false, and nothing is changed, when those are not all there, or
+    /// the others do not fit into their place.
+    pub(crate) fn replace_segments(&mut self, removed: &[(u64, u32)], added: &[Segment]) -> bool {
+        let sealed = self.segments.len() - 1;
+        let is_first =
+            |segment: &Segment| Some(&(segment.base_offset, segment.generation)) == removed.first();
+        let Some(first) = self.segments[..sealed].iter().position(is_first) else { return false };
+        let until = first + removed.len();
+        let all = until <= sealed
+            && self.segments[first..until]
+                .iter()
+                .map(|segment| (segment.base_offset, segment.generation))
+                .eq(removed.iter().copied());
+        let place = self.segments[first].base_offset..self.segments[until.min(sealed)].base_offset;
+        let fit =
+            added.iter().all(|new| place.contains(&new.base_offset) && new.generation < self.next_generation)
+                && added.is_sorted_by(|one, next| one.base_offset < next.base_offset);
+        if all && fit {
+            self.segments.splice(first..until, added.iter().copied());
+        }
+        all && fit
+    }
+
     pub(crate) fn start_epoch(&mut self, epoch: i32, start_offset: u64) {
         self.epoch = epoch;
         self.end = start_offset;
@@ -257,18 +299,10 @@ impl Partition {
             log_start: self.log_start,
             end: self.end,
             ceiling: self.ceiling,
-            segments: self
-                .segments
-                .iter()
-                .map(|segment| SegmentRow {
-                    base_offset: segment.base_offset,
-                    generation: segment.generation,
-                    bytes: segment.bytes,
-                    first_ms: segment.first_ms,
-                    last_ms: segment.last_ms,
-                })
-                .collect(),
+            segments: self.segments.iter().map(Segment::to_row).collect(),
             next_generation: self.next_generation,
+            cleaned_until: self.cleaned_until,
+            tombstones_due_ms: self.tombstones_due_ms,
             producers: self.producers.iter().map(|(id, producer)| producer.to_row(*id)).collect(),
         }
     }
@@ -282,18 +316,9 @@ impl Partition {
         partition.log_start = row.log_start;
         partition.end = row.end;
         partition.ceiling = row.ceiling;
-        partition.segments = row
-            .segments
-            .iter()
-            .map(|row| Segment {
-                base_offset: row.base_offset,
-                generation: row.generation,
-                bytes: row.bytes,
-                first_ms: row.first_ms,
-                last_ms: row.last_ms,
-            })
-            .collect();
+        partition.segments = row.segments.iter().map(Segment::from_row).collect();
         partition.next_generation = row.next_generation;
+        (partition.cleaned_until, partition.tombstones_due_ms) = (row.cleaned_until, row.tombstones_due_ms);
         for row in &row.producers {
             let epoch = u16::try_from(row.epoch)
                 .map_err(|_| format!("producer epoch {} in partition {key}", row.epoch))?;

@@ -47,7 +47,7 @@ impl Engine {
         Ok(Reply::RecordsDeleted { log_start })
     }
 
-    fn high_watermark(&self, key: &PartitionKey) -> u64 {
+    pub(super) fn high_watermark(&self, key: &PartitionKey) -> u64 {
         self.desk.high_watermarks.get(key).copied().unwrap_or(0)
     }
 
@@ -66,6 +66,7 @@ impl Engine {
             self.partitions.range((from, Unbounded)).take(PIECE).map(|(key, _)| *key).collect();
         for key in &keys {
             self.apply_retention(now, lsn, *key, out);
+            self.note_cleanable(now, *key);
         }
         let cursor = keys.last().copied().filter(|_| keys.len() == PIECE);
         self.look_at_retention_in(now, cursor);
@@ -74,13 +75,15 @@ impl Engine {
     fn apply_retention(&mut self, now: Now, lsn: Lsn, key: PartitionKey, out: &mut Effects) {
         let Some(config) = self.catalog.get(&key.topic).map(|topic| &topic.config) else { return };
         let Some(log) = self.partitions.get(&key) else { return };
-        let (retention_ms, retention_bytes) = (config.retention_ms, config.retention_bytes);
+        let retention_ms = config.retention_ms.filter(|_| config.delete);
+        let retention_bytes = config.retention_bytes.filter(|_| config.delete);
         let active = log.active();
         let age_ms = |time_ms: i64| u64::try_from(now.wall_ms.saturating_sub(time_ms)).unwrap_or(0);
-        if let Some(retention_ms) = retention_ms
-            && active.bytes > 0
-            && age_ms(active.first_ms) > retention_ms / SEGMENTS_PER_RETENTION
-        {
+        let for_retention = retention_ms.map(|limit| limit / SEGMENTS_PER_RETENTION);
+        let for_compaction = config.max_compaction_lag_ms.unwrap_or(u64::MAX).min(config.segment_ms);
+        let for_compaction = config.compact.then_some(for_compaction);
+        let oldest = for_retention.into_iter().chain(for_compaction).min();
+        if oldest.is_some_and(|limit| active.bytes > 0 && age_ms(active.first_ms) > limit) {
             self.begin_segment(key, out);
         }
         let Some(log) = self.partitions.get(&key) else { return };
@@ -128,7 +131,7 @@ impl Engine {
         self.remove_segments(key, out);
     }
 
-    fn share_groups_on(&self, key: &PartitionKey) -> Vec<Arc<str>> {
+    pub(super) fn share_groups_on(&self, key: &PartitionKey) -> Vec<Arc<str>> {
         self.catalog
             .get(&key.topic)
             .map_or_else(Vec::new, |topic| topic.share_groups.iter().cloned().collect())
@@ -209,7 +212,7 @@ mod tests {
     #[test]
     fn records_go_when_their_time_is_over_and_their_offsets_never_come_again() {
         let mut bench = Bench::new();
-        bench.topic(&[("segment-bytes", "64KiB"), ("retention", "1h")]);
+        bench.topic(&[("segment.bytes", "64KiB"), ("retention.ms", "1h")]);
         for _ in 0..6 {
             let now = bench.now.wall_ms;
             append(&mut bench, now, 40_000);
@@ -236,7 +239,7 @@ mod tests {
     #[test]
     fn a_slow_partition_keeps_records_little_longer_than_asked_for() {
         let mut bench = Bench::new();
-        bench.topic(&[("retention", "8h")]);
+        bench.topic(&[("retention.ms", "8h")]);
         for _ in 0..24 {
             let now = bench.now.wall_ms;
             append(&mut bench, now, 10);
@@ -250,7 +253,7 @@ mod tests {
     #[test]
     fn times_that_are_not_possible_count_as_now() {
         let mut bench = Bench::new();
-        bench.topic(&[("retention", "1h")]);
+        bench.topic(&[("retention.ms", "1h")]);
         for time_ms in [i64::MAX, -1] {
             append(&mut bench, time_ms, 10);
             bench.advance(HOUR_MS / 2);
@@ -263,7 +266,7 @@ mod tests {
     #[test]
     fn the_newest_records_stay_up_to_a_size() {
         let mut bench = Bench::new();
-        bench.topic(&[("segment-bytes", "64KiB"), ("retention-bytes", "100KiB")]);
+        bench.topic(&[("segment.bytes", "64KiB"), ("retention.bytes", "100KiB")]);
         for _ in 0..10 {
             append(&mut bench, 0, 40_000);
         }
@@ -317,7 +320,7 @@ mod tests {
     fn what_a_share_group_has_in_hand_outlives_its_log_and_the_rest_expires() {
         for ordered in ["none", "key"] {
             let mut bench = Bench::new();
-            bench.topic(&[("segment-bytes", "64KiB")]);
+            bench.topic(&[("segment.bytes", "64KiB")]);
             bench.group(&[("ordering", ordered), ("lease", "1h")]);
             for _ in 0..4 {
                 append(&mut bench, 0, 40_000);
@@ -374,7 +377,7 @@ mod tests {
     fn segments_that_nobody_needs_go_when_their_topic_keeps_everything() {
         let (mut bench, lease) = leased(&[]);
         delete(&mut bench, 1);
-        let config = pairs(&[("retention", "forever")]);
+        let config = pairs(&[("retention.ms", "-1")]);
         bench.ask(Command::AlterTopic { name: "orders".to_owned(), config });
         assert_eq!(log(&bench).segments.len(), 2);
         bench.settle("a", lease, Outcome::Ack);

@@ -11,7 +11,8 @@
 //! in large pieces, and synced only for the checkpoint.
 //!
 //! Order of reading: `view` (what readers see), `tail`, `segment`, `walk` (reading and proving), `index`, `queue`,
-//! `writer` (its front), `thread` (what it does), `scan` (looking into batches), `exact` (single records out of them), `reread` (what was read for both); `inspect` looks at segment files from
+//! `writer` (its front), `thread` (what it does), `rewrite` (whole segments beside those that are there), `scan` (looking
+//! into batches), `exact` (single records out of them), `reread` (what was read for both); `inspect` looks at segment files from
 //! outside.
 
 mod error;
@@ -22,6 +23,7 @@ mod inspect;
 mod lru;
 mod queue;
 mod reread;
+mod rewrite;
 mod scan;
 mod segment;
 mod tail;
@@ -36,6 +38,7 @@ mod writer;
 pub use error::{LogFailure, ReadError};
 pub use exact::ExactReadError;
 pub use inspect::{Flaw, Inspected, SegmentFile};
+pub use rewrite::{Rewritten, SegmentRewriter, discard};
 pub use scan::{Scanned, read_record, scan, scan_memory};
 pub use view::ReadView;
 pub use views::Views;

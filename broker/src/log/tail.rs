@@ -103,6 +103,12 @@ impl Tail {
         self.batches.drain(..count).collect()
     }
 
+    /// Lets go of the batches below `end`: other segments than theirs hold what is left of them.
+    fn let_go(&mut self, end: u64) -> Vec<PlacedBatch> {
+        self.mark_written(end);
+        self.evict(end)
+    }
+
     /// Lets go of everything; for a partition that is gone.
     fn clear(&mut self) -> Vec<PlacedBatch> {
         self.batches.drain(..).collect()
@@ -152,6 +158,12 @@ impl TailBudget {
                 self.release(&evicted);
             }
         }
+    }
+
+    /// Frees what the view's tail has below `end`, where other segments are in the place of those that it had.
+    pub(super) fn let_go(&self, view: &ReadView, end: u64) {
+        let evicted = view.tail().lock().let_go(end);
+        self.release(&evicted);
     }
 
     /// Frees the tail of a partition that is gone.

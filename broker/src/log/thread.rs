@@ -259,6 +259,19 @@ impl Shared {
         }
     }
 
+    /// Others are in the place of segments of one partition; see [`Self::remove_segments`].
+    pub(super) fn replace_segments(
+        &self,
+        partition: PartitionKey,
+        removed: &[SegmentName],
+        added: &[(SegmentName, u64)],
+    ) {
+        if let Some(view) = self.views.get(partition) {
+            view.replace_segments(removed, added);
+            self.condemn(removed.to_vec());
+        }
+    }
+
     /// These bytes do not wait any more. Takes the lock so that nobody checks before and waits after.
     fn release(&self, state: MutexGuard<'_, State>, bytes: u64) {
         let unwritten = self.unwritten.fetch_sub(bytes, Ordering::SeqCst) - bytes;

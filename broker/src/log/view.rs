@@ -201,6 +201,14 @@ impl ReadView {
         self.on_disk_thread(move |view| view.read_placed(reader, offset, max_bytes).map(into_bytes)).await
     }
 
+    /// As [`Self::fetch_kept`], blocking on the disk.
+    ///
+    /// # Errors
+    /// See [`ReadError`]; never [`ReadError::BelowStart`].
+    pub fn read_kept(&self, offset: u64, max_bytes: usize) -> Result<Vec<Bytes>, ReadError> {
+        self.read_placed(Reader::ShareGroup, offset, max_bytes).map(into_bytes)
+    }
+
     /// The first visible record of at least this timestamp (Unix ms): its offset, `None` if there is none.
     ///
     /// Blocks on the disk; in async code use [`Self::find_timestamp`].
@@ -373,6 +381,25 @@ impl ReadView {
             let kept = segments.iter().filter(|segment| !names.contains(&segment.name()));
             kept.map(Arc::clone).collect::<Vec<_>>()
         });
+    }
+
+    /// Puts complete segments into the place of neighbouring ones; readers in the middle of one of those finish.
+    pub(super) fn replace_segments(&self, removed: &[SegmentName], added: &[(SegmentName, u64)]) {
+        let added: Vec<_> =
+            added.iter().map(|(name, bytes)| Arc::new(Segment::new(*name, *bytes, true))).collect();
+        self.segments.rcu(|segments| {
+            let kept = segments.iter().filter(|segment| !removed.contains(&segment.name()));
+            let mut segments: Vec<_> = kept.chain(&added).map(Arc::clone).collect();
+            segments.sort_by_key(|segment| segment.name().base_offset);
+            segments
+        });
+        // What is dropped shall be found nowhere any more.
+        let last = removed.iter().map(|name| name.base_offset).max().unwrap_or(0);
+        let after =
+            self.segments.load().iter().map(|segment| segment.name().base_offset).find(|base| *base > last);
+        if let Some(end) = after {
+            self.context.budget.let_go(self, end);
+        }
     }
 
     /// Takes a batch into the tail. It becomes visible with [`Self::publish`].

@@ -154,6 +154,9 @@ impl SegmentWriter {
                 None => warn!(%partition, "the log start was raised of no partition"),
             },
             ViewChange::SegmentsRemoved { segments } => self.shared.remove_segments(segments),
+            ViewChange::SegmentsReplaced { partition, removed, added } => {
+                self.shared.replace_segments(*partition, removed, added);
+            }
             ViewChange::Removed { partition } => self.shared.remove(*partition),
         }
     }

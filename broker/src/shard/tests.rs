@@ -312,7 +312,7 @@ async fn retention_frees_space_and_offsets_go_on_over_crashes() {
     for round in 0..4 {
         let (running, broker) = open_with(&disk, options.clone()).await.unwrap();
         if round == 0 {
-            create_topic(&broker, &[("retention-bytes", "64KiB"), ("segment-bytes", "64KiB")]).await;
+            create_topic(&broker, &[("retention.bytes", "64KiB"), ("segment.bytes", "64KiB")]).await;
         }
         let view = broker.view(PARTITION).unwrap();
         assert_eq!(view.high_watermark(), end, "round {round}");

@@ -33,6 +33,8 @@ pub enum BatchError {
     Sparse { count: u32, range: u64 },
     #[error("max_timestamp is {stated}, the latest record's is {actual}")]
     MaxTimestamp { stated: i64, actual: i64 },
+    #[error("a batch at {base_offset} cannot reach to offset {last_offset}")]
+    Range { base_offset: u64, last_offset: u64 },
     #[error("offset {0} is not in the batch, or the offsets asked for do not ascend")]
     NoSuchOffset(u64),
 }

@@ -21,6 +21,8 @@ const CRC: usize = 17;
 const CRC_FROM: usize = 21;
 
 pub(super) const APPEND_TIME: u16 = 1 << 3;
+/// `base_timestamp` is a delete horizon.
+pub(super) const DELETE_HORIZON: u16 = 1 << 6;
 const CODEC_MASK: u16 = 0b111;
 
 /// The fields of a batch's header.
@@ -88,7 +90,13 @@ impl BatchHeader {
         Codec::from_bits(self.attributes & CODEC_MASK).supported()
     }
 
-    /// Offset of the last record; for a batch made by [`super::filter()`] that of the last record of the original.
+    /// The time (Unix ms) from which on the batch's tombstones may go; a log cleaner sets it.
+    pub fn delete_horizon(&self) -> Option<i64> {
+        (self.attributes & DELETE_HORIZON != 0).then_some(self.base_timestamp)
+    }
+
+    /// Offset of the last record; for a batch made by [`super::filter()`] that of the last record of the original, for one
+    /// made by [`super::compact()`] the last one that it stands for.
     pub fn last_offset(&self) -> u64 {
         // Both are below 2^63.
         self.base_offset + u64::from(self.last_offset_delta)

@@ -38,7 +38,7 @@
 //! LZ4 data is one LZ4 frame of independent blocks. The other codecs are refused by name.
 //!
 //! **Invariants.** Offset deltas ascend strictly within `0..=last_offset_delta`; they are dense in a batch that a
-//! producer sends ([`validate()`]) and may have gaps in one that [`filter()`] made. Nothing here panics on foreign bytes,
+//! producer sends ([`validate()`]) and may have gaps in one that [`filter()`] or [`compact()`] made. Nothing here panics on foreign bytes,
 //! and decompression stops at a limit.
 //!
 //! ```
@@ -59,6 +59,7 @@
 //! ```
 
 mod builder;
+mod compact;
 mod compression;
 mod error;
 mod filter;
@@ -70,6 +71,7 @@ mod validate;
 mod varint;
 
 pub use builder::{BatchBuilder, record_size};
+pub use compact::compact;
 pub use compression::Compression;
 pub use error::{BatchError, RecordFault};
 pub use filter::filter;

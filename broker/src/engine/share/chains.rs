@@ -290,10 +290,10 @@ impl Chains {
         }
     }
 
-    /// What was kept of offsets below `start`, and is not wanted by `is_kept`, is gone: it counts as settled in the frame
-    /// `lsn`. What was not kept is looked for again all the same, and not found.
-    pub(crate) fn expire(&mut self, start: u64, lsn: Lsn, is_kept: impl Fn(u64) -> bool) {
-        let is_gone = |known: &Known| known.offset < start && !is_kept(known.offset);
+    /// Offsets that are gone count as settled in the frame `lsn`. Those that were not kept here are looked for again all the
+    /// same, and not found.
+    pub(crate) fn forget(&mut self, lsn: Lsn, is_gone: impl Fn(u64) -> bool) {
+        let is_gone = |known: &Known| is_gone(known.offset);
         let hit = |chain: &Chain| chain.head.iter().chain(&chain.parked).any(is_gone);
         let mut hit: Vec<u16> =
             self.slots.iter().filter(|(_, chain)| hit(chain)).map(|(slot, _)| *slot).collect();
@@ -438,7 +438,7 @@ mod tests {
             chains.admit((offset % 2) as u16, known(offset));
         }
         // Offset 1 was handed out before.
-        chains.expire(4_000, 3, |offset| offset == 1);
+        chains.forget(3, |offset| offset < 4_000 && offset != 1);
         assert_eq!(chains.free_head(1), Some(known(1)));
         assert_eq!(chains.free_head(0), None);
         assert_eq!(chains.next_free(3), Some(0));

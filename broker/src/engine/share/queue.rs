@@ -37,6 +37,8 @@ pub(crate) struct Reading {
     pub(crate) until: u64,
     /// Below `scan_next`, for records that the chains had no room for.
     again: bool,
+    /// What it reads has changed since it began.
+    stale: bool,
 }
 
 #[derive(Debug)]
@@ -160,9 +162,14 @@ impl Queue {
         }
         let from = state.next_unsettled(self.scan_next).min(end);
         self.scan_next = self.scan_next.max(from);
-        let on = (self.scan_next < end).then_some(Reading { from: self.scan_next, until: end, again: false });
+        let on = (self.scan_next < end).then_some(Reading {
+            from: self.scan_next,
+            until: end,
+            again: false,
+            stale: false,
+        });
         let again = self.chains.wants_again();
-        let again = again.map(|from| Reading { from, until: self.scan_next, again: true });
+        let again = again.map(|from| Reading { from, until: self.scan_next, again: true, stale: false });
         if self.read_again_last { on.or(again) } else { again.or(on) }
     }
 
@@ -208,6 +215,9 @@ impl Queue {
             return missing;
         };
         self.reading = None;
+        if reading.stale {
+            return missing;
+        }
         if reading.again {
             let unsettled = records.iter().filter(|record| !state.is_settled(record.offset));
             let chained = unsettled.filter_map(|record| {
@@ -232,12 +242,20 @@ impl Queue {
         missing
     }
 
-    /// The log starts at `log_start` now: what was known below it and is neither leased nor listed is settled as of the frame
-    /// `lsn`.
-    pub(crate) fn expire(&mut self, state: &ShareState, log_start: u64, lsn: Lsn) {
-        let is_kept = |offset| state.lease(offset).is_some() || state.exception(offset).is_some();
-        self.new.retain(|ready| ready.offset >= log_start);
-        self.chains.expire(log_start, lsn, is_kept);
+    /// Records that are neither leased nor listed are gone: settled as of the frame `lsn`.
+    pub(crate) fn forget(&mut self, lsn: Lsn, is_gone: impl Fn(u64) -> bool) {
+        self.new.retain(|ready| !is_gone(ready.offset));
+        self.chains.forget(lsn, is_gone);
+    }
+
+    /// The log changes with the frame that is being staged: what a reading under way finds does not count, and the next one
+    /// begins after this turn.
+    pub(crate) fn read_anew(&mut self, now_ms: u64) {
+        if let Some(reading) = &mut self.reading {
+            reading.stale = true;
+        }
+        self.scan_not_before_ms = self.scan_not_before_ms.max(now_ms + 1);
+        self.deadlines.scan_again(self.scan_not_before_ms);
     }
 
     /// Takes in one unsettled record.

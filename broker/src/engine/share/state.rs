@@ -245,6 +245,20 @@ impl ShareState {
         self.leases.range(from..until).next().is_some() || self.exceptions.range(from..until).next().is_some()
     }
 
+    /// The offsets in `from..until` of such records, not in order.
+    pub(crate) fn in_hand(&self, from: u64, until: u64) -> impl Iterator<Item = u64> {
+        let leases = self.leases.range(from..until).map(|(offset, _)| *offset);
+        leases.chain(self.exceptions.range(from..until).map(|(offset, _)| *offset))
+    }
+
+    /// Those of `offsets` below `until` that are not decided yet.
+    pub(crate) fn undecided(&self, offsets: &RoaringTreemap, until: u64) -> RoaringTreemap {
+        let mut undecided = offsets - &self.settled;
+        undecided.remove_range(..self.low);
+        undecided.remove_range(until..);
+        undecided
+    }
+
     /// First offset at or after `from` (and `low`) that is not settled.
     pub(crate) fn next_unsettled(&self, from: u64) -> u64 {
         first_absent(&self.settled, from.max(self.low))

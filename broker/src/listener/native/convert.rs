@@ -43,6 +43,7 @@ pub(super) fn engine_error(error: &EngineError) -> wire::Error {
         EngineError::StaleGeneration { .. } => ErrorCode::StaleGeneration,
         EngineError::NotAssigned(_) => ErrorCode::NotAssigned,
         EngineError::OffsetOutOfRange { .. } => ErrorCode::OffsetOutOfRange,
+        EngineError::StaleCleaning(_) => ErrorCode::Internal,
         EngineError::GroupNotEmpty(_) => ErrorCode::GroupNotEmpty,
         EngineError::LimitReached { .. } => ErrorCode::LimitReached,
         EngineError::ReadOnly(_) => ErrorCode::ReadOnly,
@@ -211,6 +212,8 @@ pub(super) fn encode_reply(buffer: &mut BytesMut, api: u8, correlation: u64, rep
         Reply::Completed { result, base_offsets } => {
             put.message(&wire::CompleteReply { result: Some(settle_result(result)), base_offsets });
         }
+        // For the cleaner only: no request asks for it.
+        Reply::Cleaning(_) => put.error(&wire::Error::new(ErrorCode::Internal, "not an answer to a request")),
         Reply::Error(error) => put.error(&engine_error(&error)),
     }
 }

@@ -24,11 +24,11 @@ pub(crate) struct Drawn {
 impl Drawn {
     fn config(self) -> Vec<(String, String)> {
         let visibility = if self.early { "written" } else { "synced" };
-        let retention = self.retention_ms.map_or_else(|| "forever".to_owned(), |ms| format!("{ms}ms"));
+        let retention = self.retention_ms.map_or_else(|| "-1".to_owned(), |ms| ms.to_string());
         [
             ("allow-written", self.allow_written.to_string()),
             ("visibility", visibility.to_owned()),
-            ("retention", retention),
+            ("retention.ms", retention),
         ]
         .map(|(key, value)| (key.to_owned(), value))
         .into()

@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use members::{Member, Subscription};
+use roaring::RoaringTreemap;
 
 use super::acks::{self, push_ranges};
 use super::budget::{Budget, Charge, TRICKLE};
@@ -257,7 +258,34 @@ impl ShareGroup {
             state.skip(first, first + count, true);
             settled.expired.extend([first, count]);
         }
-        partition.queue.expire(&partition.state, log_start, stage.lsn);
+        let state = &partition.state;
+        let is_kept = |offset| state.lease(offset).is_some() || state.exception(offset).is_some();
+        partition.queue.forget(stage.lsn, |offset| offset < log_start && !is_kept(offset));
+        self.push_settled(stage, key, &[], settled);
+        stage.pump.insert(self.name.clone());
+    }
+
+    /// Records that the group has not in hand were compacted away, in the frame that is being staged.
+    pub(crate) fn compacted(&mut self, stage: &mut Stage<'_>, key: PartitionKey, dropped: &RoaringTreemap) {
+        let Some(partition) = self.partitions.get_mut(&key) else { return };
+        let state = &mut partition.state;
+        if dropped.max().is_none_or(|last| last < state.low()) {
+            return;
+        }
+        // What lies above, the log says when it is read.
+        let gone = state.undecided(dropped, partition.queue.scan_next());
+        partition.queue.read_anew(stage.now.monotonic_ms);
+        partition.queue.forget(stage.lsn, |offset| dropped.contains(offset));
+        let mut settled = Settled::default();
+        for offset in gone {
+            match settled.skipped.as_mut_slice() {
+                [.., first, count] if *first + *count == offset => *count += 1,
+                _ => settled.skipped.extend([offset, 1]),
+            }
+        }
+        for range in settled.skipped.chunks_exact(2) {
+            partition.state.skip(range[0], range[0] + range[1], false);
+        }
         self.push_settled(stage, key, &[], settled);
         stage.pump.insert(self.name.clone());
     }

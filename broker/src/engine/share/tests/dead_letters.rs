@@ -151,7 +151,11 @@ fn the_topic_comes_with_the_group_and_has_the_partitions_of_its_source() {
     let Reply::DeadLetters(letters) = bench.ask(Command::ListDeadLetters { group: None }) else { panic!() };
     let topic = &letters[0].topic;
     assert_eq!((topic.name.as_str(), topic.partitions), ("dlq.pay.orders", 2));
-    assert!(topic.config.contains(&("retention".to_owned(), "14days".to_owned())), "{:?}", topic.config);
+    assert!(
+        topic.config.contains(&("retention.ms".to_owned(), "1209600000".to_owned())),
+        "{:?}",
+        topic.config
+    );
 }
 
 #[test]
