@@ -163,7 +163,7 @@ impl Pass<'_> {
     ) -> Result<(), CleanError> {
         let mut offset = from;
         while offset < until {
-            let batches = self.view.read_kept(offset, READ_BYTES)?;
+            let batches = self.view.read_stored(offset, READ_BYTES)?;
             if batches.is_empty() {
                 return Ok(());
             }

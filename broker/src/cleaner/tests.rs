@@ -22,6 +22,7 @@ use crate::engine::config::{EngineSettings, mix};
 use crate::engine::effect::{Delivery, GroupPartitionInfo, Reply};
 use crate::engine::error::EngineError;
 use crate::engine::types::{LeaseId, Level, PartitionKey, SubscriptionId, TopicId};
+use crate::environment::Environment;
 use crate::journal::JournalOptions;
 use crate::log::{LogOptions, ReadError, ReadView};
 use crate::shard::{
@@ -50,6 +51,7 @@ fn storage() -> StorageOptions {
         shard: ShardOptions { max_unsynced_bytes: 16 << 20 },
         checkpoint: CheckpointOptions { interval: Duration::from_millis(50), journal_bytes: 256 << 10 },
         sync_interval: Duration::from_millis(5),
+        environment: Environment::default(),
     }
 }
 
@@ -91,7 +93,7 @@ async fn clean(broker: &Broker, key_bytes: u64) -> Result<u32, CleanError> {
         let stop = Stop::default();
         let (mut idle, mut done) = (0, 0);
         while idle < 3 {
-            std::thread::sleep(Duration::from_millis(10));
+            stop.wait(Duration::from_millis(10));
             if clean_next(&broker, &cleaner(key_bytes), &stop)? {
                 (idle, done) = (0, done + 1);
             } else {
@@ -348,7 +350,11 @@ impl Worker {
 
     async fn counts(&self) -> GroupPartitionInfo {
         match self.broker.call(Command::DescribeGroup { group: "g".to_owned() }).await.unwrap() {
-            Reply::Group(mut description) => description.partitions.remove(0),
+            // The group's own topic for what is redriven is there too.
+            Reply::Group(description) => {
+                let mut partitions = description.partitions.into_iter();
+                partitions.find(|info| info.partition == Some(PARTITION)).unwrap()
+            }
             other => panic!("{other:?}"),
         }
     }
@@ -381,7 +387,8 @@ async fn what_a_share_group_has_in_hand_is_kept_and_what_it_was_not_given_is_ski
         check(&view, &reference);
         let left: Vec<u64> = read_all(&view).into_keys().collect();
         assert_eq!(left, [0, 1, 4, 5, 6, 7, 8, 9, 10], "{ordering}");
-        assert_eq!(worker.counts().await.skipped, 2, "2 and 3 were read ahead");
+        let counts = worker.counts().await;
+        assert_eq!(counts.skipped, 2, "2 and 3 were read ahead: {counts:?}");
         view.read_exactly(vec![0, 1]).await.unwrap();
         // Tried again, from what is kept.
         let again = Outcome::Nack { delay_ms: Some(0), counted: true, detail: FailureDetail::default() };
@@ -409,6 +416,8 @@ async fn what_a_share_group_has_in_hand_is_kept_and_what_it_was_not_given_is_ski
         check(&view, &reference);
         let left: Vec<u64> = read_all(&view).into_keys().collect();
         assert_eq!(left[..5], [4, 5, 6, 7, 9], "{ordering}");
+        // Nor is it found in what was read for the group before.
+        view.read_exactly(vec![1]).await.unwrap_err();
         close(running).await;
     }
 }
@@ -494,16 +503,9 @@ async fn what_is_pinned_beyond_the_limit_is_copied_aside() {
     close(running).await;
 }
 
-/// Megabytes of memory in use.
-fn resident() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-    statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096 >> 20
-}
-
-/// `FELUCCA_CLEANER_RECORDS` sets how many records are written, a quarter of them of keys of their own.
 #[tokio::test(flavor = "multi_thread")]
 async fn more_keys_than_memory_are_compacted_in_several_goes() {
-    let count = std::env::var("FELUCCA_CLEANER_RECORDS").map_or(100_000, |count| count.parse().unwrap());
+    let count = 100_000;
     let dir = tempfile::tempdir().unwrap();
     let mut options = storage();
     options.checkpoint = CheckpointOptions { interval: Duration::from_secs(2), journal_bytes: 64 << 20 };
@@ -529,10 +531,9 @@ async fn more_keys_than_memory_are_compacted_in_several_goes() {
         assert_eq!(append(&broker, &records, Compression::None).await, Some(base));
     }
     let view = broker.view(PARTITION).unwrap();
-    let (before, bytes) = (resident(), view.bytes());
+    let bytes = view.bytes();
     // Room for a fifth of the keys.
     let goes = clean(&broker, keys / 5 * 24).await.unwrap();
-    let after = resident();
     // What is not sealed is not compacted.
     let mut found = vec![0_u8; keys as usize];
     let mut left = 0;
@@ -551,12 +552,10 @@ async fn more_keys_than_memory_are_compacted_in_several_goes() {
         assert!(found[key] == 1 || *tombstone, "key {key}, latest {offset}");
     }
     let report = format!(
-        "{count} records of {keys} keys, {bytes} bytes: {left} records, {} bytes after {goes} goes; {before} MiB, then {after}",
+        "{count} records of {keys} keys, {bytes} bytes: {left} records, {} bytes after {goes} goes",
         view.bytes()
     );
-    tracing::info!(report);
     assert!(goes > 3, "{report}");
     assert!(left < keys + 80_000, "{report}");
-    assert!(after < before + 64, "{report}");
     close(running).await;
 }

@@ -247,7 +247,7 @@ impl Engine {
                 .iter()
                 .map(|&(base_offset, generation)| event::SegmentRef { base_offset, generation })
                 .collect(),
-            added: added.iter().map(Segment::to_row).collect(),
+            added: added.iter().copied().map(Segment::to_row).collect(),
         };
         self.stage_event(Kind::SegmentsReplaced(replaced), out);
         for name in groups {

@@ -37,8 +37,8 @@ impl Segment {
         Self { base_offset, generation, bytes: 0, first_ms: 0, last_ms: 0 }
     }
 
-    pub(crate) fn to_row(&self) -> SegmentRow {
-        let Self { base_offset, generation, bytes, first_ms, last_ms } = *self;
+    pub(crate) fn to_row(self) -> SegmentRow {
+        let Self { base_offset, generation, bytes, first_ms, last_ms } = self;
         SegmentRow { base_offset, generation, bytes, first_ms, last_ms }
     }
 
@@ -299,7 +299,7 @@ impl Partition {
             log_start: self.log_start,
             end: self.end,
             ceiling: self.ceiling,
-            segments: self.segments.iter().map(Segment::to_row).collect(),
+            segments: self.segments.iter().copied().map(Segment::to_row).collect(),
             next_generation: self.next_generation,
             cleaned_until: self.cleaned_until,
             tombstones_due_ms: self.tombstones_due_ms,

@@ -6,7 +6,7 @@
 //! be read without the others.
 //!
 //! Invariants: a kept batch is whole, in its segment, and was visible; places are those of such a batch. Whoever finds one
-//! asks the view first whether its offset is still there.
+//! asks the view whether its offset and its segment are still there: the cleaner may have put another in its place.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -39,6 +39,16 @@ enum Kept {
 pub(super) enum Found {
     Batch(PlacedBatch),
     Places(Arc<BatchPlaces>),
+}
+
+impl Found {
+    /// Where it was read.
+    pub(super) fn segment(&self) -> SegmentName {
+        match self {
+            Self::Batch(batch) => batch.segment.name(),
+            Self::Places(places) => places.segment,
+        }
+    }
 }
 
 /// Where the records of a batch stand in their segment.
@@ -163,7 +173,7 @@ impl RereadCache {
         drop(inner);
     }
 
-    /// Frees what is kept of a partition that is gone.
+    /// Frees what is kept of a partition.
     pub(super) fn forget(&self, partition: PartitionKey) {
         let mut inner = self.0.lock();
         let places: Vec<Place> =

@@ -205,7 +205,7 @@ impl ReadView {
     ///
     /// # Errors
     /// See [`ReadError`]; never [`ReadError::BelowStart`].
-    pub fn read_kept(&self, offset: u64, max_bytes: usize) -> Result<Vec<Bytes>, ReadError> {
+    pub fn read_stored(&self, offset: u64, max_bytes: usize) -> Result<Vec<Bytes>, ReadError> {
         self.read_placed(Reader::ShareGroup, offset, max_bytes).map(into_bytes)
     }
 
@@ -276,7 +276,13 @@ impl ReadView {
         if let Some(batches) = self.read_memory(Reader::ShareGroup, offset, max_bytes)? {
             return Ok(Some(Reread::Batches(batches)));
         }
-        Ok(self.context.rereads.find(self.partition, offset).map(|found| match found {
+        let Some(found) = self.context.rereads.find(self.partition, offset) else { return Ok(None) };
+        // It may have been read before the cleaner replaced its segment, and kept after.
+        if self.segment(found.segment()).is_none() {
+            self.context.rereads.forget(self.partition);
+            return Ok(None);
+        }
+        Ok(Some(match found {
             Found::Batch(batch) => Reread::Batches(vec![batch]),
             Found::Places(places) => Reread::Places(places),
         }))
@@ -365,8 +371,9 @@ impl ReadView {
     }
 
     pub(super) fn segment(&self, name: SegmentName) -> Option<Arc<Segment>> {
-        // Nearly always the newest.
-        self.segments.load().iter().rev().find(|segment| segment.name() == name).map(Arc::clone)
+        let segments = self.segments.load();
+        let first = segments.partition_point(|segment| segment.name().base_offset < name.base_offset);
+        segments[first..].iter().find(|segment| segment.name() == name).map(Arc::clone)
     }
 
     /// Adds the segment that grows from now on.
@@ -387,17 +394,19 @@ impl ReadView {
     pub(super) fn replace_segments(&self, removed: &[SegmentName], added: &[(SegmentName, u64)]) {
         let added: Vec<_> =
             added.iter().map(|(name, bytes)| Arc::new(Segment::new(*name, *bytes, true))).collect();
+        let last = removed.iter().map(|name| name.base_offset).max().unwrap_or(0);
+        let mut end = None;
         self.segments.rcu(|segments| {
+            // Before the others are among them, which may begin above `last`.
+            end = segments.iter().map(|segment| segment.name().base_offset).find(|base| *base > last);
             let kept = segments.iter().filter(|segment| !removed.contains(&segment.name()));
             let mut segments: Vec<_> = kept.chain(&added).map(Arc::clone).collect();
             segments.sort_by_key(|segment| segment.name().base_offset);
             segments
         });
         // What is dropped shall be found nowhere any more.
-        let last = removed.iter().map(|name| name.base_offset).max().unwrap_or(0);
-        let after =
-            self.segments.load().iter().map(|segment| segment.name().base_offset).find(|base| *base > last);
-        if let Some(end) = after {
+        self.context.rereads.forget(self.partition);
+        if let Some(end) = end {
             self.context.budget.let_go(self, end);
         }
     }

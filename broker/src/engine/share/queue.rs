@@ -255,7 +255,7 @@ impl Queue {
             reading.stale = true;
         }
         self.scan_not_before_ms = self.scan_not_before_ms.max(now_ms + 1);
-        self.deadlines.scan_again(self.scan_not_before_ms);
+        self.deadlines.look_again(self.scan_not_before_ms);
     }
 
     /// Takes in one unsettled record.
