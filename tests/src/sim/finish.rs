@@ -38,6 +38,7 @@ impl World {
         assert!(self.start(), "nothing is wrong any more");
         assert_eq!(before, self.metrics(), "groups after an orderly stop");
         self.check_letters(&share);
+        self.coverage.meet_often("recovery", "offsets passed over after lost power", self.history.gaps);
         before
     }
 

@@ -288,6 +288,10 @@ impl ShareGroup {
         }
         self.push_settled(stage, key, &[], settled);
         stage.pump.insert(self.name.clone());
+        if self.config.ordered {
+            // What was not looked at yet may have been in front of any key's next record, and is back if the frame is lost.
+            self.wait_for(stage, |other| *other == key);
+        }
     }
 
     /// The group was moved on a partition, or its order changed, in the frame that is being staged.

@@ -61,6 +61,22 @@ fn a_key_is_free_only_when_the_settlement_before_is_synced() {
     assert_eq!(bench.offsets(), [1]);
 }
 
+/// A lost deletion brings them back: then their successors must not have been handed out.
+#[test]
+fn a_key_waits_for_the_deletion_of_records_that_nobody_has_looked_at() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.group(&[("ordering", "key")]);
+    bench.append(Some(b"a"), 4).unwrap();
+    bench.hold_sync = true;
+    bench.ask(Command::DeleteRecords { topic: "orders".to_owned(), partition: 0, before: 2 });
+    bench.subscribe(1, "m", 10);
+    assert!(bench.offsets().is_empty());
+    bench.hold_sync = false;
+    bench.advance(1);
+    assert_eq!(bench.offsets(), [2]);
+}
+
 /// After a restart, the records from 0 to 2 of one key or two, leased or returned before anything is scanned again.
 fn reopened_with_leases(keys: [&[u8]; 4]) -> (Bench, Vec<LeaseRef>) {
     let mut bench = Bench::new();
