@@ -85,7 +85,6 @@ const WANTED: &[(&str, &[&str])] = &[
             "complete: Stale",
             "append: Ok",
             "append: duplicate",
-            "append: OutOfOrderSequence",
             "append: ReadOnly",
             "commit: Ok",
             "commit: refused",
