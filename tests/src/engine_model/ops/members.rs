@@ -92,7 +92,15 @@ impl World {
         let Some(subscription) = self.any_subscription() else { return };
         self.note(|| format!("unsubscribe {subscription:?}"));
         self.tell(Command::ShareUnsubscribe { subscription });
-        self.live.subscriptions.remove(&subscription);
+        let Some(closed) = self.live.subscriptions.remove(&subscription) else { return };
+        // A member with nothing in hand leaves with its last subscription.
+        let (group, member) = (&closed.group, &closed.member);
+        let subscribed =
+            self.live.subscriptions.values().any(|other| (&other.group, &other.member) == (group, member));
+        let holds = self.model.leases(group).iter().any(|(_, _, holder, _)| **holder == **member);
+        if !subscribed && !holds {
+            self.live.members.remove(&(closed.group, closed.member));
+        }
     }
 
     pub(crate) fn give_credit(&mut self) {
