@@ -169,6 +169,26 @@ pub static KEYS: &[Key] = &[
         "What the cleaner reads and writes together in a second",
     ),
     key(
+        "disk.low-water-bytes",
+        Kind::Bytes(|s| &mut s.disk.low_water_bytes, ByteSize::mib(0), ByteSize::gib(1024)),
+        "Free bytes on the disk below which new records are refused, and everything else goes on; 0 never refuses",
+    ),
+    key(
+        "disk.reserve-bytes",
+        Kind::Bytes(|s| &mut s.disk.reserve_bytes, ByteSize::mib(0), ByteSize::gib(64)),
+        "Size of a file that holds room against other programs, given up when they have nearly filled the disk",
+    ),
+    key(
+        "scrub.bytes-per-second",
+        Kind::Bytes(|s| &mut s.scrub.bytes_per_second, ByteSize::mib(0), ByteSize::gib(4)),
+        "Most bytes of old segments read in a second to look for damage; 0 looks at nothing",
+    ),
+    key(
+        "scrub.interval",
+        Kind::Time(|s| &mut s.scrub.interval, SECOND, Duration::from_hours(24 * 365)),
+        "Time between the beginnings of two looks at all old segments",
+    ),
+    key(
         "unwritten-bytes",
         Kind::Bytes(|s| &mut s.unwritten_bytes, ByteSize::mib(1), ByteSize::gib(64)),
         "Bytes journaled and not yet in segments before producers wait",

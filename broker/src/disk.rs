@@ -71,6 +71,9 @@ pub trait FileSystem: Send + Sync + fmt::Debug {
     /// Returns once everything written so far, and every name changed, is on the device. It may be another file that
     /// the error is about, even another program's.
     fn sync(&self) -> io::Result<()>;
+
+    /// Bytes that this process could still write.
+    fn available(&self) -> io::Result<u64>;
 }
 
 /// One open file; positions are absolute, so handles can be shared between threads. Every call blocks.
@@ -86,6 +89,9 @@ pub trait DiskFile: Send + Sync + fmt::Debug {
 
     /// Cuts the file at `length` or extends it with zeros.
     fn set_len(&self, length: u64) -> io::Result<()>;
+
+    /// Makes the file `length` bytes long and takes the device's room for all of them; fails where there is none.
+    fn allocate(&self, length: u64) -> io::Result<()>;
 
     /// The file's length in bytes.
     fn len(&self) -> io::Result<u64>;
@@ -238,6 +244,11 @@ impl FileSystem for RealFileSystem {
     fn sync(&self) -> io::Result<()> {
         Ok(rustix::fs::syncfs(&self.0)?)
     }
+
+    fn available(&self) -> io::Result<u64> {
+        let found = rustix::fs::fstatvfs(&self.0)?;
+        Ok(found.f_bavail.saturating_mul(found.f_frsize))
+    }
 }
 
 #[derive(Debug)]
@@ -258,6 +269,10 @@ impl DiskFile for RealFile {
 
     fn set_len(&self, length: u64) -> io::Result<()> {
         self.0.set_len(length)
+    }
+
+    fn allocate(&self, length: u64) -> io::Result<()> {
+        Ok(rustix::fs::fallocate(&self.0, rustix::fs::FallocateFlags::empty(), 0, length)?)
     }
 
     fn len(&self) -> io::Result<u64> {
@@ -307,7 +322,9 @@ mod tests {
         assert_eq!(read, expected);
         file.sync_data().unwrap();
 
-        disk.create(&dir.join("two")).unwrap();
+        let reserved = disk.create(&dir.join("two")).unwrap();
+        reserved.allocate(5000).unwrap();
+        assert_eq!(reserved.len().unwrap(), 5000);
         disk.rename(&dir.join("one"), &dir.join("two")).unwrap();
         disk.sync_dir(&dir).unwrap();
         assert_eq!(disk.list(&dir).unwrap(), ["two"]);
@@ -319,7 +336,9 @@ mod tests {
         assert_eq!(disk.remove_dir(&root.join("a")).unwrap_err().kind(), io::ErrorKind::DirectoryNotEmpty);
         disk.make_dir(&root.join("c/d")).unwrap();
         disk.make_dir(&root.join("c")).unwrap();
-        disk.file_system(&root.join("c")).unwrap().sync().unwrap();
+        let file_system = disk.file_system(&root.join("c")).unwrap();
+        file_system.sync().unwrap();
+        assert!(file_system.available().unwrap() > 0);
         disk.remove_dir(&root.join("c/d")).unwrap();
         disk.remove_dir(&root.join("c")).unwrap();
         assert_eq!(disk.remove_dir(&root.join("c")).unwrap_err().kind(), io::ErrorKind::NotFound);

@@ -21,9 +21,11 @@ use crate::engine::config::EngineSettings;
 use crate::environment::Environment;
 use crate::journal::JournalOptions;
 use crate::listener::native::{NativeListener, NativeSettings};
-use crate::log::LogOptions;
+use crate::log::{LogOptions, ScrubOptions};
 use crate::settings::ServerSettings;
-use crate::shard::{self, CheckpointOptions, Gate, Running, ShardOptions, StartError, StorageOptions};
+use crate::shard::{
+    self, CheckpointOptions, Gate, RoomOptions, Running, ShardOptions, StartError, StorageOptions,
+};
 
 /// Locked by the process that uses the directory; holds its process id, for messages only.
 const LOCK_FILE: &str = "LOCK";
@@ -229,6 +231,14 @@ fn storage_options(settings: &ServerSettings) -> StorageOptions {
             interval: settings.checkpoint.interval,
             journal_bytes: settings.checkpoint.journal_bytes.0,
         },
+        room: RoomOptions {
+            low_water_bytes: settings.disk.low_water_bytes.0,
+            reserve_bytes: settings.disk.reserve_bytes.0,
+        },
+        scrub: ScrubOptions {
+            bytes_per_second: settings.scrub.bytes_per_second.0,
+            interval: settings.scrub.interval,
+        },
         sync_interval: settings.journal.sync_interval,
         environment: Environment::default(),
     }
@@ -280,7 +290,10 @@ impl DirLock {
             file.rewind()?;
             writeln!(file, "{}", std::process::id())
         };
-        write(&mut file).map_err(io)?;
+        // Only for messages: on a full disk there may be no room for it.
+        if let Err(error) = write(&mut file) {
+            tracing::warn!(file = %path.display(), %error, "cannot write the process id");
+        }
         Ok(Self { _file: file })
     }
 }

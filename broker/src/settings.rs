@@ -60,6 +60,8 @@ pub struct ServerSettings {
     pub segment: SegmentSettings,
     pub retention: RetentionSettings,
     pub cleaner: CleanerSettings,
+    pub disk: DiskSettings,
+    pub scrub: ScrubSettings,
     /// Bytes journaled and not yet written to segments; beyond it producers wait.
     pub unwritten_bytes: ByteSize,
     /// Memory for the most recent batches of all partitions, so that readers near the end need no disk.
@@ -113,6 +115,24 @@ pub struct CleanerSettings {
     pub dedupe_buffer_bytes: ByteSize,
     /// Read and written together, in a second.
     pub max_bytes_per_second: ByteSize,
+}
+
+/// Room on the disk of the data directory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DiskSettings {
+    /// New records are refused while fewer bytes are free; what is left is for everything else. 0: never.
+    pub low_water_bytes: ByteSize,
+    /// Held in a file against other programs, and given up when they have taken nearly all the rest. 0: none.
+    pub reserve_bytes: ByteSize,
+}
+
+/// The look for damage in stored records.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScrubSettings {
+    /// Bytes read in a second at most; 0: nothing is looked at.
+    pub bytes_per_second: ByteSize,
+    /// Time between the beginnings of two looks at everything.
+    pub interval: Duration,
 }
 
 /// When state is checkpointed; whichever comes first.
@@ -178,6 +198,8 @@ impl Default for ServerSettings {
                 dedupe_buffer_bytes: ByteSize::mib(128),
                 max_bytes_per_second: ByteSize::mib(64),
             },
+            disk: DiskSettings { low_water_bytes: ByteSize::mib(512), reserve_bytes: ByteSize::mib(64) },
+            scrub: ScrubSettings { bytes_per_second: ByteSize::mib(4), interval: Duration::from_hours(24) },
             unwritten_bytes: ByteSize::mib(64),
             tail_cache_bytes: ByteSize::mib(64),
             reread_cache_bytes: ByteSize::mib(128),
@@ -245,6 +267,15 @@ impl ServerSettings {
             self.connection_in_flight_bytes,
         )?;
         at_least("unwritten-bytes", self.unwritten_bytes, "max-frame-bytes", self.max_frame_bytes)?;
+        if self.disk.low_water_bytes.0 > 0 {
+            // What was taken before the mark was reached is still to be written to segments.
+            at_least(
+                "disk.low-water-bytes",
+                self.disk.low_water_bytes,
+                "unwritten-bytes",
+                self.unwritten_bytes,
+            )?;
+        }
         at_least(
             "journal.file-bytes",
             self.journal.file_bytes,

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use felucca_broker::server::Server;
+use felucca_broker::settings::ByteSize;
 use felucca_protocol::batch::{self, BatchBuilder};
 use felucca_protocol::frame::Kind;
 use felucca_protocol::{Api, ErrorCode, message as msg};
@@ -444,6 +445,31 @@ async fn a_data_directory_serves_one_broker_and_no_newer_format() {
     std::fs::write(dir.path().join("FORMAT"), "99\n").unwrap();
     let refused = Server::start(settings(dir.path())).await.unwrap_err().to_string();
     assert!(refused.contains("newer version"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_refuses_new_records_for_now_and_answers_for_old_ones() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(settings(dir.path())).await.unwrap();
+    let mut client = Connection::open(server.local_addr()).await;
+    let topic = client.create_topic("orders", 1).await;
+    client.produce(&topic, 0, msg::Level::Synced, batch_of(0, 2)).await;
+    server.shutdown().await;
+
+    let mut full = settings(dir.path());
+    // More than any disk of a test has free.
+    full.disk.low_water_bytes = ByteSize::gib(1 << 20);
+    let server = Server::start(full).await.unwrap();
+    let mut client = Connection::open(server.local_addr()).await;
+    let refused = client.produce(&topic, 0, msg::Level::Synced, batch_of(2, 1)).await.error.unwrap();
+    assert_eq!(refused.error_code(), ErrorCode::DiskFull);
+    assert!(refused.error_code().retryable() && refused.retry_after_ms > 0);
+    assert!(refused.message.contains("bytes are free"), "{}", refused.message);
+    let (reply, _) = client.fetch(&topic, 0, 0, 0).await;
+    assert_eq!(reply.high_watermark, 2);
+    client.create_topic("other", 1).await;
+    server.shutdown().await;
+    assert!(!dir.path().join("RESERVE").exists(), "there was no room for one");
 }
 
 #[tokio::test(flavor = "multi_thread")]

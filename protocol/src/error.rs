@@ -81,11 +81,13 @@ pub enum ErrorCode {
     Timeout = 54,
     /// A fault of the broker.
     Internal = 55,
+    /// The disk is nearly full: new records are refused for now, everything else goes on; retry later.
+    DiskFull = 56,
 }
 
 impl ErrorCode {
     /// Every code, ascending by number.
-    pub const ALL: [Self; 36] = [
+    pub const ALL: [Self; 37] = [
         Self::Unknown,
         Self::InvalidRequest,
         Self::UnsupportedVersion,
@@ -122,6 +124,7 @@ impl ErrorCode {
         Self::ReadOnly,
         Self::Timeout,
         Self::Internal,
+        Self::DiskFull,
     ];
 
     /// The code of a number from the wire.
@@ -139,6 +142,7 @@ impl ErrorCode {
                 | Self::Overloaded
                 | Self::Stopping
                 | Self::Timeout
+                | Self::DiskFull
         )
     }
 
@@ -181,6 +185,7 @@ impl ErrorCode {
             Self::ReadOnly => "read-only",
             Self::Timeout => "timeout",
             Self::Internal => "internal",
+            Self::DiskFull => "disk-full",
         }
     }
 }

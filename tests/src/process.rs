@@ -4,7 +4,9 @@ use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
 
 /// The `felucca` binary, built when it is not there yet.
 pub fn felucca_binary() -> &'static Path {
@@ -29,6 +31,7 @@ pub struct BrokerProcess {
     child: Child,
     address: SocketAddr,
     data_dir: PathBuf,
+    log: Arc<Mutex<String>>,
 }
 
 impl BrokerProcess {
@@ -66,10 +69,18 @@ impl BrokerProcess {
             let output = child.wait_with_output().expect("the broker's output");
             panic!("the broker did not start: {line:?} {}", String::from_utf8_lossy(&output.stderr));
         };
-        // Nobody reads the log; a full pipe must not stop the broker.
+        // Read at once: a full pipe must not stop the broker.
         let stderr = child.stderr.take().expect("piped");
-        std::thread::spawn(move || std::io::copy(&mut BufReader::new(stderr), &mut std::io::sink()));
-        Self { child, address, data_dir: data_dir.to_owned() }
+        let log = Arc::<Mutex<String>>::default();
+        let written = log.clone();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                let mut log = written.lock();
+                log.push_str(&line);
+                log.push('\n');
+            }
+        });
+        Self { child, address, data_dir: data_dir.to_owned(), log }
     }
 
     /// Where it listens.
@@ -101,6 +112,11 @@ impl BrokerProcess {
     /// Whether it still runs.
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().expect("the broker's state").is_none()
+    }
+
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        self.log.lock().clone()
     }
 
     /// Its process id (of the program that it runs under, if any).

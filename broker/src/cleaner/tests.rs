@@ -24,10 +24,10 @@ use crate::engine::error::EngineError;
 use crate::engine::types::{LeaseId, Level, PartitionKey, SubscriptionId, TopicId};
 use crate::environment::Environment;
 use crate::journal::JournalOptions;
-use crate::log::{LogOptions, ReadError, ReadView};
+use crate::log::{LogOptions, ReadError, ReadView, ScrubOptions};
 use crate::shard::{
-    self, Answer, CheckpointOptions, Gate, Origin, Responder, Running, ShardOptions, Sink, StorageOptions,
-    Submission, Token,
+    self, Answer, CheckpointOptions, Gate, Origin, Responder, RoomOptions, Running, ShardOptions, Sink,
+    StorageOptions, Submission, Token,
 };
 
 const TOPIC: TopicId = TopicId([7; 16]);
@@ -50,6 +50,8 @@ fn storage() -> StorageOptions {
         log: LogOptions { linger: Duration::from_millis(1), ..LogOptions::default() },
         shard: ShardOptions { max_unsynced_bytes: 16 << 20 },
         checkpoint: CheckpointOptions { interval: Duration::from_millis(50), journal_bytes: 256 << 10 },
+        room: RoomOptions::default(),
+        scrub: ScrubOptions::default(),
         sync_interval: Duration::from_millis(5),
         environment: Environment::default(),
     }

@@ -184,7 +184,7 @@ fn verify(files: &[SegmentFile], format: Format) -> anyhow::Result<()> {
 fn problems(file: &SegmentFile, found: &Inspected) -> Vec<(bool, String)> {
     let mut problems = Vec::new();
     if let Some(flaw) = &found.flaw {
-        let what = format!("position {}: {}", flaw.position, flaw.reason);
+        let what = format!("position {}, offset {}: {}", flaw.position, found.end_offset, flaw.reason);
         if found.is_damaged(file.newest) {
             problems.push((true, what));
         } else {

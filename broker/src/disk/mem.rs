@@ -491,6 +491,11 @@ impl FileSystem for MemFileSystem {
         state.unsynced.clear();
         Ok(())
     }
+
+    fn available(&self) -> io::Result<u64> {
+        let state = self.disk.state.lock();
+        Ok(state.capacity.map_or(u64::MAX, |capacity| capacity.saturating_sub(state.used())))
+    }
 }
 
 #[derive(Debug)]
@@ -591,6 +596,10 @@ impl DiskFile for MemFile {
             state.inode(inode)?.set_len(length as usize);
             Ok(())
         })
+    }
+
+    fn allocate(&self, length: u64) -> io::Result<()> {
+        self.set_len(length)
     }
 
     fn len(&self) -> io::Result<u64> {

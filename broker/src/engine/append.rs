@@ -82,7 +82,14 @@ impl Engine {
         {
             return Err(EngineError::UnknownProducer(producer_id));
         }
-        partition.check_sequence(header)
+        let sequence = partition.check_sequence(header)?;
+        match self.no_room {
+            // What was taken before is answered as ever. A dead letter is part of settling its source, which goes on.
+            Some(no_room) if sequence == Sequence::Next && origin != Origin::DeadLetter => {
+                Err(EngineError::DiskFull(no_room))
+            }
+            _ => Ok(sequence),
+        }
     }
 
     /// Appends a checked batch; answers its base offset, and the level before which its offsets may not be shown.

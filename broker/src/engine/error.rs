@@ -50,10 +50,21 @@ pub enum EngineError {
     GroupNotEmpty(String),
     #[error("{what} at its limit of {limit}")]
     LimitReached { what: &'static str, limit: u64 },
+    #[error("{0}")]
+    DiskFull(NoRoom),
     #[error("the broker stopped accepting writes: {0}")]
     ReadOnly(String),
     #[error("the broker is stopping")]
     Stopping,
     #[error("group {group:?} refuses to serve: {reason}")]
     GroupCorrupt { group: String, reason: String },
+}
+
+/// Why new records are not taken for now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the disk is nearly full ({available} bytes are free): new records are taken again from {needed} on")]
+pub struct NoRoom {
+    pub available: u64,
+    /// Free bytes at which records are taken again.
+    pub needed: u64,
 }

@@ -43,7 +43,7 @@ use command::Command;
 use config::EngineSettings;
 use consumer_group::ConsumerGroup;
 use effect::{Advance, Effects, PendingReply, Reply, SegmentName};
-use error::EngineError;
+use error::{EngineError, NoRoom};
 use event::{Booted, EpochStarted, Event, MetaRow, Stopped, event::Kind};
 use partition::Partition;
 use prost::Message;
@@ -167,6 +167,8 @@ pub struct Engine {
     unsynced: VecDeque<(Lsn, PartitionKey, u64)>,
     /// Ceilings that were raised and are not synced yet, in the order of frames.
     ceilings: VecDeque<(Lsn, PartitionKey, u64)>,
+    /// Why producers are refused for now; no state, for the disk of the next run is another.
+    no_room: Option<NoRoom>,
 }
 
 impl Engine {
@@ -189,6 +191,7 @@ impl Engine {
             unwritten: VecDeque::new(),
             unsynced: VecDeque::new(),
             ceilings: VecDeque::new(),
+            no_room: None,
         }
     }
 
@@ -223,6 +226,11 @@ impl Engine {
     /// Name of a topic, for the headers of a dead letter.
     pub fn topic_name(&self, topic: &TopicId) -> Option<&str> {
         self.catalog.get(topic).map(|topic| &*topic.name)
+    }
+
+    /// From now on new records are refused for this reason, or taken again.
+    pub fn set_room(&mut self, no_room: Option<NoRoom>) {
+        self.no_room = no_room;
     }
 
     /// When [`Engine::tick`] is next due, in monotonic milliseconds.

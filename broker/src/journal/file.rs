@@ -122,6 +122,18 @@ pub(super) struct JournalFile {
     pub(super) prepared: u64,
 }
 
+/// How far a new file of `bytes` is filled with zeros: on a disk with little room only as far as leaves most of it to what
+/// must be written. A file with fewer zeros grows with its frames.
+pub(super) fn zeros_until(disk: &dyn Disk, dir: &Path, bytes: u64) -> u64 {
+    match disk.file_system(dir).and_then(|file_system| file_system.available()) {
+        Ok(available) => bytes.min(FIRST_FRAME.max(available / 4)),
+        Err(error) => {
+            tracing::warn!(%error, "cannot ask how much room the disk has");
+            bytes
+        }
+    }
+}
+
 impl JournalFile {
     /// Opens a file for reading and checks its header.
     pub(super) fn open<E>(disk: &dyn Disk, dir: &Path, sequence: u64) -> Result<Self, RecoverError<E>> {

@@ -215,7 +215,12 @@ impl Workshop {
             JournalFile::recycle(disk, &spare, header)?
         } else {
             let mut file = JournalFile::create(disk, &self.dir, header)?;
-            file.fill_zeros(file::FIRST_FRAME, self.file_bytes, enough)?;
+            let until = file::zeros_until(disk, &self.dir, self.file_bytes);
+            if let Err(error) = file.fill_zeros(file::FIRST_FRAME, until, enough) {
+                // Where there is no room, half a file would keep what is left from others.
+                let _ = disk.remove(&file.path);
+                return Err(error);
+            }
             file
         };
         file.publish(disk, &self.dir)?;

@@ -383,7 +383,7 @@ fn rebuild<E>(
             write_frame(&file, position, options.file_bytes, &encoded, events, batches).map_err(io)?;
     }
     let never = AtomicBool::new(false);
-    file.fill_zeros(position, options.first_file_bytes, &never).map_err(io)?;
+    file.fill_zeros(position, file::zeros_until(disk, dir, options.first_file_bytes), &never).map_err(io)?;
     file.publish(disk, dir).map_err(io)?;
     Ok((file, position, kept))
 }

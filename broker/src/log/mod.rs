@@ -12,8 +12,8 @@
 //!
 //! Order of reading: `view` (what readers see), `tail`, `segment`, `walk` (reading and proving), `index`, `queue`,
 //! `writer` (its front), `thread` (what it does), `rewrite` (whole segments beside those that are there), `scan` (looking
-//! into batches), `exact` (single records out of them), `reread` (what was read for both); `inspect` looks at segment files from
-//! outside.
+//! into batches), `exact` (single records out of them), `reread` (what was read for both); `scrub` looks for damage,
+//! `inspect` looks at segment files from outside.
 
 mod error;
 mod exact;
@@ -25,6 +25,7 @@ mod queue;
 mod reread;
 mod rewrite;
 mod scan;
+mod scrub;
 mod segment;
 mod tail;
 #[cfg(test)]
@@ -40,6 +41,8 @@ pub use exact::ExactReadError;
 pub use inspect::{Flaw, Inspected, SegmentFile};
 pub use rewrite::{Rewritten, SegmentRewriter, discard};
 pub use scan::{Scanned, read_record, scan, scan_memory};
+pub use scrub::ScrubOptions;
+pub(crate) use scrub::{Scrubbed, Scrubber};
 pub use view::ReadView;
 pub use views::Views;
 pub use writer::{Condemned, LogOptions, SegmentWriter, Wake};

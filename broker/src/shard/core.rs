@@ -23,6 +23,7 @@ use std::sync::Arc;
 use super::inbox::{News, Submission};
 use super::reads::Read;
 use super::release::{Release, Releases};
+use super::room::Room;
 use super::sink::{Responder, Sink, Wakes};
 use crate::checkpoint::Row;
 use crate::engine::Engine;
@@ -52,6 +53,7 @@ pub(crate) struct Shard {
     log: Arc<SegmentWriter>,
     releases: Arc<Releases>,
     options: ShardOptions,
+    room: Room,
     effects: Effects,
     /// Requests of this turn, by request id.
     requests: Vec<Option<Responder>>,
@@ -86,6 +88,7 @@ impl Shard {
         log: Arc<SegmentWriter>,
         releases: Arc<Releases>,
         options: ShardOptions,
+        room: Room,
     ) -> Self {
         let (written, synced) = (journal.written(), journal.synced());
         Self {
@@ -94,6 +97,7 @@ impl Shard {
             log,
             releases,
             options,
+            room,
             effects: Effects::default(),
             requests: Vec::new(),
             subscriptions: HashMap::new(),
@@ -150,6 +154,18 @@ impl Shard {
     /// Bytes of frames since the last checkpoint was begun.
     pub(crate) fn journaled(&self) -> u64 {
         self.journaled
+    }
+
+    /// True while new records are refused because the disk is nearly full.
+    pub(crate) fn is_full(&self) -> bool {
+        self.room.full().is_some()
+    }
+
+    /// Asks the disk for its room when it is time, and has the engine act on it.
+    pub(crate) fn look_at_room(&mut self, monotonic_ms: u64) {
+        if self.room.look(monotonic_ms) {
+            self.engine.set_room(self.room.full().copied());
+        }
     }
 
     /// True while every frame is on the device.
@@ -310,6 +326,7 @@ impl Shard {
                 Ok(lsn) => {
                     self.written = lsn;
                     self.journaled += bytes as u64;
+                    self.room.spend(bytes as u64);
                 }
                 Err(_) if planted("apply-failed-write") => {
                     self.show();

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Order of reading: `admission` (bytes are admitted before they are queued), `inbox`, `core` (one turn), `runner` (the
-//! thread), `release` (the sync thread), `reads` (what may touch the disk), `checkpoint`, `recovery` (how it all begins).
+//! thread), `release` (the sync thread), `room` (when the disk is full), `reads` (what may touch the disk), `checkpoint`, `recovery` (how it all begins).
 //! `stepped` is the same without threads.
 
 mod admission;
@@ -19,7 +19,9 @@ mod inbox;
 mod reads;
 mod recovery;
 mod release;
+mod room;
 mod runner;
+mod scrub;
 mod sink;
 mod stepped;
 #[cfg(test)]
@@ -31,6 +33,7 @@ pub(crate) use inbox::Inbox;
 pub use inbox::Submission;
 pub(crate) use recovery::{Running, start};
 pub use recovery::{StartError, StorageOptions};
+pub use room::RoomOptions;
 pub use runner::CheckpointOptions;
 pub(crate) use sink::Once;
 pub use sink::{Answer, Origin, Responder, Sink, Token};

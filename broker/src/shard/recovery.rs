@@ -22,7 +22,9 @@ use super::core::{Shard, ShardOptions};
 use super::inbox::{Inbox, News};
 use super::reads::{Readers, Reads};
 use super::release::{Releases, SyncThread};
+use super::room::{Room, RoomOptions};
 use super::runner::{CheckpointOptions, Runner};
+use super::scrub::ScrubThread;
 use crate::checkpoint::{CheckpointError, CheckpointStore};
 use crate::disk::Disk;
 use crate::engine::config::EngineSettings;
@@ -30,7 +32,7 @@ use crate::engine::effect::Effects;
 use crate::engine::{CorruptState, Engine};
 use crate::environment::Environment;
 use crate::journal::{Journal, JournalError, JournalOptions, RecoverError};
-use crate::log::{LogFailure, LogOptions, SegmentWriter, Views};
+use crate::log::{LogFailure, LogOptions, ScrubOptions, SegmentWriter, Views};
 
 /// Longest that replay waits for the segment writer to make progress.
 const REPLAY_PATIENCE: Duration = Duration::from_secs(60);
@@ -43,6 +45,8 @@ pub struct StorageOptions {
     pub log: LogOptions,
     pub shard: ShardOptions,
     pub checkpoint: CheckpointOptions,
+    pub room: RoomOptions,
+    pub scrub: ScrubOptions,
     /// While anything is unsynced, a sync begins at least this often.
     pub sync_interval: Duration,
     /// The machine that the shard runs on; journal and log are given the same.
@@ -60,6 +64,8 @@ pub enum StartError {
     FirstFrame(#[from] JournalError),
     #[error("cannot write the first frame: {0}")]
     ReadOnly(String),
+    #[error("cannot look at the room on the disk: {0}")]
+    Room(io::Error),
     #[error("cannot open the log: {0}")]
     Log(io::Error),
     #[error("cannot start a thread: {0}")]
@@ -90,6 +96,7 @@ pub(crate) struct Running {
     shard: JoinHandle<()>,
     sync: JoinHandle<()>,
     checkpoint: JoinHandle<()>,
+    scrub: ScrubThread,
 }
 
 /// Recovers what is stored under `data_dir` and begins to serve it. Blocks, for as long as the replay takes.
@@ -102,10 +109,12 @@ pub(crate) fn start(
     options: StorageOptions,
     runtime: Handle,
 ) -> Result<Running, StartError> {
+    let scrub = options.scrub.clone();
     let Recovered { inbox, log, releases, runner, sync, checkpoint, work } =
         recover(disk, data_dir, options, Readers::Runtime(runtime))?;
     let boot_epoch = runner.shard().engine().boot_epoch();
     let views = log.views().clone();
+    let scrub = ScrubThread::start(views.clone(), scrub).map_err(StartError::Thread)?;
     let ended = CancellationToken::new();
     let guard = Guard { inbox: inbox.clone(), ended: ended.clone() };
     let turns = inbox.clone();
@@ -116,6 +125,7 @@ pub(crate) fn start(
         ended,
         releases,
         log,
+        scrub,
         sync: spawn("sync", move || sync.run())?,
         checkpoint: spawn("checkpoint", move || checkpoint.run(&work))?,
         shard: spawn("shard", move || {
@@ -145,6 +155,8 @@ pub(super) fn recover(
 ) -> Result<Recovered, StartError> {
     let environment = options.environment;
     let began = environment.now();
+    // Before anything is written: on a full disk the start needs what was reserved for it.
+    let disk_room = Room::open(disk, data_dir, options.room).map_err(StartError::Room)?;
     let mut engine = Engine::new(options.engine);
     let mut store = CheckpointStore::new(disk.clone(), &data_dir.join("checkpoint"));
     let loaded = store.load(|key, value| engine.restore_row(key, value))?;
@@ -183,7 +195,8 @@ pub(super) fn recover(
     let syncer = journal.syncer();
     let releases = Arc::new(Releases::new(options.sync_interval, environment.clone()));
     let mut clock = Clock::starting_at(environment.clone(), checkpoint_ms.max(engine.monotonic_ms()));
-    let mut shard = Shard::new(engine, journal, log.clone(), releases.clone(), options.shard);
+    let mut shard = Shard::new(engine, journal, log.clone(), releases.clone(), options.shard, disk_room);
+    shard.look_at_room(clock.monotonic_ms());
     shard.boot(clock.now(), &environment.machine_boot())?;
     if let Some(reason) = shard.read_only() {
         return Err(StartError::ReadOnly(reason.to_owned()));
@@ -201,6 +214,7 @@ pub(super) fn recover(
 impl Running {
     /// Carries out what is queued, syncs it, makes a last checkpoint and ends. Blocks.
     pub(crate) fn stop(self) {
+        drop(self.scrub);
         self.inbox.tell(News::Stop);
         join("shard", self.shard);
         // The shard has dropped its sender: what it sent is still stored. That needs no sync thread.

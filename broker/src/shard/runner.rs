@@ -23,6 +23,8 @@ const MARK_AFTER: Duration = Duration::from_millis(10);
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// Most turns that a sender takes in a row.
 const OWN_TURNS: usize = 4;
+/// Least time between checkpoints while the disk is full: each may give back journal files and segments.
+const CHECKPOINTS_WHEN_FULL: Duration = Duration::from_secs(2);
 
 /// When state is checkpointed; whichever comes first.
 #[derive(Clone, Debug)]
@@ -159,6 +161,7 @@ impl Runner {
             self.shard.learn(news);
         }
         let now = self.clock.now();
+        self.shard.look_at_room(now.monotonic_ms);
         if !self.commands.is_empty() || self.shard.is_due(now.monotonic_ms) {
             let before = self.shard.written();
             self.shard.turn(now, &mut self.commands);
@@ -199,8 +202,13 @@ impl Runner {
     }
 
     fn is_checkpoint_due(&self) -> bool {
+        let interval = if self.shard.is_full() {
+            self.options.interval.min(CHECKPOINTS_WHEN_FULL)
+        } else {
+            self.options.interval
+        };
         let due = self.shard.journaled() >= self.options.journal_bytes
-            || self.since(self.last_checkpoint) >= self.options.interval;
+            || self.since(self.last_checkpoint) >= interval;
         due && !self.checkpointing && self.shard.read_only().is_none()
     }
 

@@ -9,6 +9,7 @@ use tokio::runtime::Handle;
 
 use super::core::ShardOptions;
 use super::recovery::{Running, StorageOptions, start};
+use super::room::RoomOptions;
 use super::runner::CheckpointOptions;
 use super::{Gate, StartError};
 use crate::broker::{Broker, BrokerError, BrokerLimits};
@@ -20,7 +21,7 @@ use crate::engine::error::EngineError;
 use crate::engine::types::{Level, PartitionKey, TopicId};
 use crate::environment::Environment;
 use crate::journal::JournalOptions;
-use crate::log::LogOptions;
+use crate::log::{LogOptions, ScrubOptions};
 
 const TOPIC: TopicId = TopicId([7; 16]);
 const PARTITION: PartitionKey = PartitionKey { topic: TOPIC, partition: 0 };
@@ -37,6 +38,8 @@ fn options() -> StorageOptions {
         shard: ShardOptions { max_unsynced_bytes: 1 << 20 },
         // Often, so that every test runs over some.
         checkpoint: CheckpointOptions { interval: Duration::from_millis(50), journal_bytes: 32 << 10 },
+        room: RoomOptions::default(),
+        scrub: ScrubOptions::default(),
         sync_interval: Duration::from_millis(5),
         environment: Environment::default(),
     }

@@ -8,8 +8,8 @@ use felucca_broker::engine::effect::{Reply, TopicKind};
 use felucca_broker::engine::types::{Level, PartitionKey, TopicId};
 use felucca_broker::environment::Environment;
 use felucca_broker::journal::JournalOptions;
-use felucca_broker::log::LogOptions;
-use felucca_broker::shard::{CheckpointOptions, ShardOptions, StorageOptions};
+use felucca_broker::log::{LogOptions, ScrubOptions};
+use felucca_broker::shard::{CheckpointOptions, RoomOptions, ShardOptions, StorageOptions};
 
 use super::admin::standard;
 use super::client::{Client, Role, Target};
@@ -57,6 +57,8 @@ pub(crate) fn storage(rng: &mut Rng, environment: Environment) -> StorageOptions
             interval: Duration::from_millis(rng.between(300, 3_000)),
             journal_bytes: 16 << 10,
         },
+        room: RoomOptions::default(),
+        scrub: ScrubOptions::default(),
         sync_interval: Duration::from_millis(50),
         environment,
     }

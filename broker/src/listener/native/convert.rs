@@ -22,6 +22,9 @@ pub(super) fn invalid(message: impl Into<String>) -> wire::Error {
     wire::Error::new(ErrorCode::InvalidRequest, message)
 }
 
+/// When a producer may try again that was refused because the disk is full: room does not come back within moments.
+const DISK_FULL_RETRY_MS: u32 = 1000;
+
 pub(super) fn engine_error(error: &EngineError) -> wire::Error {
     let code = match error {
         EngineError::UnknownTopic(_) => ErrorCode::UnknownTopic,
@@ -46,11 +49,16 @@ pub(super) fn engine_error(error: &EngineError) -> wire::Error {
         EngineError::StaleCleaning(_) => ErrorCode::Internal,
         EngineError::GroupNotEmpty(_) => ErrorCode::GroupNotEmpty,
         EngineError::LimitReached { .. } => ErrorCode::LimitReached,
+        EngineError::DiskFull(_) => ErrorCode::DiskFull,
         EngineError::ReadOnly(_) => ErrorCode::ReadOnly,
         EngineError::Stopping => ErrorCode::Stopping,
         EngineError::GroupCorrupt { .. } => ErrorCode::GroupCorrupt,
     };
-    wire::Error::new(code, error.to_string())
+    let mut answer = wire::Error::new(code, error.to_string());
+    if code == ErrorCode::DiskFull {
+        answer.retry_after_ms = DISK_FULL_RETRY_MS;
+    }
+    answer
 }
 
 pub(super) fn read_error(error: &ReadError) -> wire::Error {
