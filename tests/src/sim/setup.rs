@@ -77,7 +77,7 @@ impl World {
             &[("allow-written", "true"), ("visibility", fast)],
             standard(true, visibility, false),
         );
-        self.create("short", 1, &[("retention", "1m")], standard(false, Level::Synced, true));
+        self.create("short", 1, &[("retention.ms", "1m")], standard(false, Level::Synced, true));
         let done = self.create("done", 1, &[], standard(false, Level::Synced, false));
         self.done = PartitionKey { topic: done, partition: 0 };
         self.create_groups();
