@@ -450,7 +450,7 @@ mod tests {
             cases.iter().filter(|case| case.level_of(peer).is_some()).map(Case::level).collect()
         };
         assert_eq!(beside(Peer::Redis), [Some(Ack::Written); 3]);
-        assert_eq!(beside(Peer::RabbitmqQuorum), [Some(Ack::Synced)]);
+        assert_eq!(beside(Peer::RabbitmqQuorum), [Some(Ack::Synced); 3]);
         assert_eq!(beside(Peer::RabbitmqStream), []);
         assert_eq!(beside(Peer::Felucca).len(), cases.len());
     }
