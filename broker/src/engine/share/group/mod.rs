@@ -261,8 +261,7 @@ impl ShareGroup {
         let state = &partition.state;
         let is_kept = |offset| state.lease(offset).is_some() || state.exception(offset).is_some();
         partition.queue.forget(stage.lsn, |offset| offset < log_start && !is_kept(offset));
-        self.push_settled(stage, key, &[], settled);
-        stage.pump.insert(self.name.clone());
+        self.push_gone(stage, key, settled);
     }
 
     /// Records that the group has not in hand were compacted away, in the frame that is being staged.
@@ -286,6 +285,11 @@ impl ShareGroup {
         for range in settled.skipped.chunks_exact(2) {
             partition.state.skip(range[0], range[0] + range[1], false);
         }
+        self.push_gone(stage, key, settled);
+    }
+
+    /// Settles what the log no longer has, in the frame that is being staged.
+    fn push_gone(&mut self, stage: &mut Stage<'_>, key: PartitionKey, settled: Settled) {
         self.push_settled(stage, key, &[], settled);
         stage.pump.insert(self.name.clone());
         if self.config.ordered {
