@@ -11,7 +11,7 @@ use std::io::{self, IoSlice};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::{Disk, DiskFile, FileSystem, SECTOR};
 
@@ -32,6 +32,8 @@ pub enum WriteFault {
 #[derive(Clone, Debug)]
 pub struct MemDisk {
     state: Arc<Mutex<State>>,
+    /// Of the process that this is mounted for.
+    generation: Option<u64>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -43,7 +45,7 @@ struct State {
     unsynced: Vec<(PathBuf, NameChange)>,
     inodes: BTreeMap<u64, Inode>,
     next_inode: u64,
-    /// Raised by a power cut: handles opened before it fail.
+    /// Raised by a power cut and by the death of the process: handles opened before it fail.
     generation: u64,
     /// Calls left until the named fault strikes.
     write_fault: Option<(u64, WriteFault)>,
@@ -82,12 +84,19 @@ impl Default for MemDisk {
 impl MemDisk {
     /// An empty disk.
     pub fn new() -> Self {
-        Self { state: Arc::default() }
+        Self { state: Arc::default(), generation: None }
     }
 
     /// An independent copy of the disk as it is now, unsynced writes included; handles stay with the original.
     pub fn fork(&self) -> Self {
-        Self { state: Arc::new(Mutex::new(self.state.lock().clone())) }
+        Self { state: Arc::new(Mutex::new(self.state.lock().clone())), generation: None }
+    }
+
+    /// The same disk, as a process sees it that dies with the next [`power_cut`](Self::power_cut) or [`kill`](Self::kill):
+    /// from then on everything fails. What several threads do needs this, lest some of them outlive the process.
+    pub fn mount(&self) -> Self {
+        let generation = Some(self.state.lock().generation);
+        Self { state: Arc::clone(&self.state), generation }
     }
 
     /// Ends every handle, keeps what was synced and a random choice of the rest, and clears planned faults.
@@ -205,12 +214,19 @@ impl MemDisk {
         self.state.lock().operations
     }
 
+    /// The state, unless the process is dead.
+    fn enter(&self) -> io::Result<MutexGuard<'_, State>> {
+        let state = self.state.lock();
+        state.check(self.generation.unwrap_or(state.generation))?;
+        Ok(state)
+    }
+
     fn handle(&self, state: &State, inode: u64, writable: bool) -> Arc<dyn DiskFile> {
         Arc::new(MemFile { disk: self.clone(), inode, generation: state.generation, writable })
     }
 
     fn change_name(&self, path: &Path, change: impl FnOnce(u64) -> NameChange) -> io::Result<()> {
-        let mut state = self.state.lock();
+        let mut state = self.enter()?;
         let inode = state.find(path)?;
         state.begin()?;
         let change = change(inode);
@@ -222,7 +238,7 @@ impl MemDisk {
 
 impl Disk for MemDisk {
     fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        let mut state = self.state.lock();
+        let mut state = self.enter()?;
         if !state.dirs.contains(&parent(path)) {
             return Err(io::ErrorKind::NotFound.into());
         }
@@ -243,17 +259,17 @@ impl Disk for MemDisk {
     }
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        let state = self.state.lock();
+        let state = self.enter()?;
         Ok(self.handle(&state, state.find(path)?, true))
     }
 
     fn open_read(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        let state = self.state.lock();
+        let state = self.enter()?;
         Ok(self.handle(&state, state.find(path)?, false))
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
-        let state = self.state.lock();
+        let state = self.enter()?;
         if !state.dirs.contains(dir) {
             return Err(io::ErrorKind::NotFound.into());
         }
@@ -262,7 +278,7 @@ impl Disk for MemDisk {
     }
 
     fn list_dirs(&self, dir: &Path) -> io::Result<Vec<String>> {
-        let state = self.state.lock();
+        let state = self.enter()?;
         if !state.dirs.contains(dir) {
             return Err(io::ErrorKind::NotFound.into());
         }
@@ -280,7 +296,7 @@ impl Disk for MemDisk {
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
-        let mut state = self.state.lock();
+        let mut state = self.enter()?;
         state.begin()?;
         state.dirs.extend(path.ancestors().map(Path::to_path_buf));
         Ok(())
@@ -292,7 +308,7 @@ impl Disk for MemDisk {
     }
 
     fn file_system(&self, dir: &Path) -> io::Result<Arc<dyn FileSystem>> {
-        let state = self.state.lock();
+        let state = self.enter()?;
         if !state.dirs.contains(dir) {
             return Err(io::ErrorKind::NotFound.into());
         }
@@ -300,7 +316,7 @@ impl Disk for MemDisk {
     }
 
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
-        let mut state = self.state.lock();
+        let mut state = self.enter()?;
         if !state.dirs.contains(path) {
             return Err(io::ErrorKind::NotFound.into());
         }
@@ -314,7 +330,7 @@ impl Disk for MemDisk {
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        let mut state = self.state.lock();
+        let mut state = self.enter()?;
         state.begin()?;
         let (synced, rest) =
             std::mem::take(&mut state.unsynced).into_iter().partition(|(dir, _)| dir == path);
@@ -327,6 +343,11 @@ impl Disk for MemDisk {
 }
 
 impl State {
+    /// Is the process that came at this generation still alive?
+    fn check(&self, generation: u64) -> io::Result<()> {
+        if self.generation == generation { Ok(()) } else { Err(io::Error::other("the process has died")) }
+    }
+
     fn find(&self, path: &Path) -> io::Result<u64> {
         self.live.get(path).copied().ok_or_else(|| io::ErrorKind::NotFound.into())
     }
@@ -472,9 +493,7 @@ struct MemFileSystem {
 impl FileSystem for MemFileSystem {
     fn sync(&self) -> io::Result<()> {
         let mut state = self.disk.state.lock();
-        if state.generation != self.generation {
-            return Err(io::Error::other("the handle is from before a crash"));
-        }
+        state.check(self.generation)?;
         state.begin()?;
         let fails = state.sync_fails();
         for inode in state.inodes.values_mut() {
@@ -509,9 +528,7 @@ struct MemFile {
 impl MemFile {
     fn with<T>(&self, work: impl FnOnce(&mut State, u64) -> io::Result<T>) -> io::Result<T> {
         let mut state = self.disk.state.lock();
-        if state.generation != self.generation {
-            return Err(io::Error::other("the handle is from before a crash"));
-        }
+        state.check(self.generation)?;
         work(&mut state, self.inode)
     }
 }
@@ -663,6 +680,19 @@ mod tests {
         let mut bytes = vec![0; file.len().unwrap() as usize];
         file.read_full_at(&mut bytes, 0).unwrap();
         bytes
+    }
+
+    #[test]
+    fn a_dead_process_changes_nothing() {
+        let (disk, path) = disk();
+        let mounted = disk.mount();
+        mounted.create(&path).unwrap();
+        disk.kill();
+        assert!(mounted.create(Path::new("/d/g")).is_err());
+        assert!(mounted.rename(&path, Path::new("/d/g")).is_err());
+        assert!(mounted.sync_dir(Path::new("/d")).is_err());
+        assert!(mounted.open(&path).is_err());
+        assert!(disk.mount().open(&path).is_ok());
     }
 
     #[test]

@@ -51,7 +51,8 @@ async fn open(disk: &MemDisk) -> Result<(Running, Broker), StartError> {
 }
 
 async fn open_with(disk: &MemDisk, options: StorageOptions) -> Result<(Running, Broker), StartError> {
-    let disk: Arc<dyn Disk> = Arc::new(disk.clone());
+    // None of its threads may do anything after a power cut.
+    let disk: Arc<dyn Disk> = Arc::new(disk.mount());
     let runtime = Handle::current();
     let running = tokio::task::spawn_blocking(move || start(&disk, Path::new("/data"), options, runtime));
     let running = running.await.unwrap()?;
