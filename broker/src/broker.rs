@@ -208,7 +208,8 @@ impl Broker {
             .map(|record| record.timestamp)
     }
 
-    /// Moves a group on a topic: every partition, or one. A time is resolved to an offset here.
+    /// Moves a group on a topic: every partition, or one. A time is resolved to an offset here. `force`: also when records are
+    /// dropped that nobody else has.
     ///
     /// # Errors
     /// The engine's refusal, or the log cannot be read.
@@ -218,6 +219,7 @@ impl Broker {
         topic: &str,
         partition: Option<u32>,
         to: SeekTarget,
+        force: bool,
     ) -> Result<(), BrokerError> {
         let info = self.topic(topic).await?;
         let partitions = match partition {
@@ -235,7 +237,8 @@ impl Broker {
             };
             positions.push((partition, to));
         }
-        let command = Command::SeekGroup { group: group.to_owned(), topic: topic.to_owned(), positions };
+        let (group, topic) = (group.to_owned(), topic.to_owned());
+        let command = Command::SeekGroup { group, topic, positions, force };
         self.call(command).await.map(drop)
     }
 

@@ -204,7 +204,7 @@ impl Admin {
     /// Creates a share group that begins at the start of each topic's log.
     ///
     /// # Errors
-    /// The group exists, a topic is unknown, a setting is unknown or out of its range.
+    /// A group of that name exists, whatever its settings, a topic is unknown, a setting is unknown or out of its range.
     pub async fn create_share_group(
         &self,
         group: &str,
@@ -268,14 +268,51 @@ impl Admin {
         self.look(Api::DescribeGroup, &message::DescribeGroup { group: group.to_owned() }).await
     }
 
-    /// Deletes a group without members. Its dead letters stay.
+    /// Deletes a group without members. Its dead letters stay; what was redriven to it goes with it, which must be forced.
     ///
     /// # Errors
-    /// The group is unknown or has members.
-    pub async fn delete_group(&self, group: &str) -> Result<()> {
-        let _: message::Empty =
-            self.change(Api::DeleteGroup, &message::DeleteGroup { group: group.to_owned() }).await?;
+    /// The group is unknown or has members; without `force`, it also has records that nobody else has: redriven ones that it
+    /// has not worked through, or such whose dead letters are being made
+    /// ([`GroupUnsettled`](felucca_protocol::ErrorCode::GroupUnsettled)).
+    pub async fn delete_group(&self, group: &str, force: bool) -> Result<()> {
+        let request = message::DeleteGroup { group: group.to_owned(), force };
+        let _: message::Empty = self.change(Api::DeleteGroup, &request).await?;
         Ok(())
+    }
+
+    /// Gives the held records of a share group another chance, on one of its topics or on all: they are tried again as if
+    /// they had never failed. Answers how many there were. Not atomic: after an error some may be released already.
+    ///
+    /// # Errors
+    /// The group is unknown or no share group, or does not consume the topic.
+    pub async fn release_held(&self, group: &str, topic: Option<&str>) -> Result<u64> {
+        self.end_held(group, topic, message::HeldFate::Release).await
+    }
+
+    /// Settles the held records of a share group as discarded, on one of its topics or on all. Answers how many there were. Not
+    /// atomic: after an error some may be discarded already.
+    ///
+    /// # Errors
+    /// The group is unknown or no share group, or does not consume the topic.
+    pub async fn discard_held(&self, group: &str, topic: Option<&str>) -> Result<u64> {
+        self.end_held(group, topic, message::HeldFate::Discard).await
+    }
+
+    async fn end_held(&self, group: &str, topic: Option<&str>, fate: message::HeldFate) -> Result<u64> {
+        let partitions = self.describe_group(group).await?.partitions;
+        let chosen = partitions.iter().filter(|one| topic.is_none_or(|topic| one.topic == topic));
+        // What is released may fail and be held again before this is done: it does not count twice.
+        let held: u64 = chosen.map(|one| one.held).sum();
+        let topic = topic.unwrap_or_default().to_owned();
+        let request = message::EndHeld { group: group.to_owned(), topic, fate: fate.into() };
+        let mut records = 0;
+        loop {
+            let reply: message::EndHeldReply = self.look(Api::EndHeld, &request).await?;
+            records += reply.records;
+            if !reply.more || records >= held {
+                return Ok(records);
+            }
+        }
     }
 
     /// Makes the scheduled records of a share group due now, on one of its topics or on all. Answers how many there were.
@@ -303,13 +340,15 @@ impl Admin {
     /// leases, retries and settlements there.
     ///
     /// # Errors
-    /// Group, topic or partition is unknown, the offset beyond the end, the consumer group has members.
+    /// Group, topic or partition is unknown, the offset beyond the end, the consumer group has members. Without `force`, the
+    /// share group would drop records that nobody else has ([`GroupUnsettled`](felucca_protocol::ErrorCode::GroupUnsettled)).
     pub async fn seek_group(
         &self,
         group: &str,
         topic: &str,
         partition: Option<u32>,
         to: SeekTo,
+        force: bool,
     ) -> Result<()> {
         let to = match to {
             SeekTo::Beginning => message::seek_group::To::Beginning(true),
@@ -317,8 +356,13 @@ impl Admin {
             SeekTo::Offset(offset) => message::seek_group::To::Offset(offset),
             SeekTo::Timestamp(timestamp) => message::seek_group::To::Timestamp(timestamp),
         };
-        let request =
-            message::SeekGroup { group: group.to_owned(), topic: topic.to_owned(), partition, to: Some(to) };
+        let request = message::SeekGroup {
+            group: group.to_owned(),
+            topic: topic.to_owned(),
+            partition,
+            to: Some(to),
+            force,
+        };
         let _: message::Empty = self.change(Api::SeekGroup, &request).await?;
         Ok(())
     }

@@ -60,6 +60,8 @@ pub enum Api {
     DescribeGroup = 46,
     /// `KickGroup` → `KickGroupReply`
     KickGroup = 47,
+    /// `EndHeld` → `EndHeldReply`
+    EndHeld = 48,
     /// `ShareSubscribe` → `Empty`, then `LeasedRecords` pushes
     ShareSubscribe = 50,
     /// Push of `LeasedRecords` with batches
@@ -83,7 +85,7 @@ pub struct UnknownApi(pub u8);
 
 impl Api {
     /// Every request and push, ascending by number.
-    pub const ALL: [Self; 34] = [
+    pub const ALL: [Self; 35] = [
         Self::Hello,
         Self::Ping,
         Self::Metadata,
@@ -111,6 +113,7 @@ impl Api {
         Self::ListGroups,
         Self::DescribeGroup,
         Self::KickGroup,
+        Self::EndHeld,
         Self::ShareSubscribe,
         Self::LeasedRecords,
         Self::Settle,

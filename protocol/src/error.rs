@@ -69,6 +69,8 @@ pub enum ErrorCode {
     GroupCorrupt = 37,
     /// Another process joined under the member's id; this one is out.
     MemberFenced = 38,
+    /// The group has records that nobody else has; forcing the request drops them.
+    GroupUnsettled = 39,
     /// A limit is reached; retry later.
     LimitReached = 50,
     /// Too much is waiting; retry later.
@@ -87,7 +89,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// Every code, ascending by number.
-    pub const ALL: [Self; 37] = [
+    pub const ALL: [Self; 38] = [
         Self::Unknown,
         Self::InvalidRequest,
         Self::UnsupportedVersion,
@@ -118,6 +120,7 @@ impl ErrorCode {
         Self::GroupNotEmpty,
         Self::GroupCorrupt,
         Self::MemberFenced,
+        Self::GroupUnsettled,
         Self::LimitReached,
         Self::Overloaded,
         Self::Stopping,
@@ -179,6 +182,7 @@ impl ErrorCode {
             Self::GroupNotEmpty => "group-not-empty",
             Self::GroupCorrupt => "group-corrupt",
             Self::MemberFenced => "member-fenced",
+            Self::GroupUnsettled => "group-unsettled",
             Self::LimitReached => "limit-reached",
             Self::Overloaded => "overloaded",
             Self::Stopping => "stopping",

@@ -56,7 +56,7 @@ impl Driver for Felucca {
         let began = Instant::now();
         for group in groups {
             // Members that went are members until their session times out.
-            while let Err(error) = self.client.admin().delete_group(group).await {
+            while let Err(error) = self.client.admin().delete_group(group, true).await {
                 let waits = error.code() == Some(ErrorCode::GroupNotEmpty) && began.elapsed() < PATIENCE;
                 ensure!(waits, error);
                 tokio::time::sleep(Duration::from_millis(100)).await;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use clap::Subcommand;
 use felucca_broker::settings::ByteSize;
-use felucca_client::{Client, GroupDescription, GroupKind, GroupListing, SeekTo, ShareAlarm};
+use felucca_client::{Client, GroupDescription, GroupKind, GroupListing, GroupPartition, SeekTo, ShareAlarm};
 use serde::Serialize;
 
 use super::output::{Column, Format, or_dash, print_json, print_line, print_table, show_millis};
@@ -53,8 +53,17 @@ Examples:
         config: Vec<Pair>,
     },
     /// Delete a group without members
-    #[command(after_help = "Example:\n  felucca group delete payment")]
-    Delete { name: String },
+    #[command(after_help = "\
+Records that were redriven to the group and that it has not worked through go with it; then --force is needed.
+
+Example:
+  felucca group delete payment")]
+    Delete {
+        name: String,
+        /// Also when records go with it that nobody else has
+        #[arg(long)]
+        force: bool,
+    },
     /// Hand out no new records until `resume`
     #[command(after_help = "Example:\n  felucca group pause payment")]
     Pause { name: String },
@@ -67,6 +76,28 @@ Examples:
   felucca group kick payment
   felucca group kick payment --topic orders")]
     Kick {
+        name: String,
+        /// One of the group's topics only
+        #[arg(long)]
+        topic: Option<String>,
+    },
+    /// Try held records again, as if they had never failed
+    #[command(after_help = "\
+Examples:
+  felucca group release-held payment
+  felucca group release-held payment --topic orders")]
+    ReleaseHeld {
+        name: String,
+        /// One of the group's topics only
+        #[arg(long)]
+        topic: Option<String>,
+    },
+    /// Settle held records as discarded
+    #[command(after_help = "\
+Examples:
+  felucca group discard-held payment
+  felucca group discard-held payment --topic orders")]
+    DiscardHeld {
         name: String,
         /// One of the group's topics only
         #[arg(long)]
@@ -88,6 +119,9 @@ Examples:
         /// beginning, end, offset:N or time:RFC3339
         #[arg(long, value_name = "PLACE")]
         to: Place,
+        /// Also when redriven records, or records whose dead letters are being made, are dropped
+        #[arg(long)]
+        force: bool,
     },
 }
 
@@ -104,11 +138,13 @@ struct Shown<'a> {
     group: &'a str,
     kind: &'static str,
     paused: bool,
+    /// Why it refuses to serve, if it does.
+    corrupt: Option<&'a str>,
     /// While the outage guard is on.
     outage: Option<Outage>,
     config: BTreeMap<&'a str, &'a str>,
     #[serde(flatten)]
-    totals: Totals,
+    totals: Counts,
     members: Vec<Member<'a>>,
     partitions: Vec<Partition<'a>>,
 }
@@ -119,9 +155,9 @@ struct Outage {
     next_probe_ms: u64,
 }
 
-/// Sums over the partitions; the age is the oldest one's.
+/// Of a partition, or of all together: sums, and the oldest one's age.
 #[derive(Serialize, Default)]
-struct Totals {
+struct Counts {
     lag: u64,
     oldest_unsettled_ms: Option<u64>,
     available: u64,
@@ -138,9 +174,38 @@ struct Totals {
     pinned_bytes: u64,
     deliveries: u64,
     failures: u64,
-    /// Limits that some partition has reached.
+    /// Limits that are reached.
     alarms: BTreeSet<&'static str>,
     memory_bytes: u64,
+}
+
+impl Counts {
+    fn add(&mut self, one: &GroupPartition) {
+        self.lag += one.lag;
+        self.oldest_unsettled_ms = self.oldest_unsettled_ms.max(one.oldest_unsettled_ms);
+        self.available += one.available;
+        self.leased += one.leased;
+        self.scheduled += one.scheduled;
+        self.held += one.held;
+        self.exhausted += one.exhausted;
+        self.parked += one.parked;
+        self.acked += one.acked;
+        self.dead_lettered += one.dead_lettered;
+        self.discarded += one.discarded;
+        self.skipped += one.skipped;
+        self.expired += one.expired;
+        self.pinned_bytes += one.pinned_bytes;
+        self.deliveries += one.deliveries;
+        self.failures += one.failures;
+        self.alarms.extend(one.alarms().map(alarm));
+        self.memory_bytes += one.memory_bytes;
+    }
+
+    fn of<'a>(partitions: impl IntoIterator<Item = &'a GroupPartition>) -> Self {
+        let mut counts = Self::default();
+        partitions.into_iter().for_each(|one| counts.add(one));
+        counts
+    }
 }
 
 #[derive(Serialize)]
@@ -157,24 +222,16 @@ struct Partition<'a> {
     log_start: u64,
     high_watermark: u64,
     position: Option<u64>,
-    lag: u64,
-    oldest_unsettled_ms: Option<u64>,
-    available: u64,
-    leased: u64,
-    scheduled: u64,
-    held: u64,
-    exhausted: u64,
-    parked: u64,
-    acked: u64,
-    dead_lettered: u64,
-    discarded: u64,
-    skipped: u64,
-    expired: u64,
-    pinned_bytes: u64,
-    deliveries: u64,
-    failures: u64,
-    alarms: Vec<&'static str>,
-    memory_bytes: u64,
+    #[serde(flatten)]
+    counts: Counts,
+    /// While the next records cannot be read.
+    unreadable: Option<Unreadable<'a>>,
+}
+
+#[derive(Serialize)]
+struct Unreadable<'a> {
+    offset: u64,
+    reason: &'a str,
 }
 
 fn alarm(alarm: ShareAlarm) -> &'static str {
@@ -212,8 +269,8 @@ impl Group {
                 admin.alter_share_group(&name, &borrowed(&config)).await?;
                 done(&name, "changed", format)
             }
-            Self::Delete { name } => {
-                admin.delete_group(&name).await?;
+            Self::Delete { name, force } => {
+                admin.delete_group(&name, force).await?;
                 done(&name, "deleted", format)
             }
             Self::Pause { name } => {
@@ -226,16 +283,24 @@ impl Group {
             }
             Self::Kick { name, topic } => {
                 let records = admin.kick_group(&name, topic.as_deref()).await?;
-                kicked(&name, records, format)
+                counted(&name, records, "are due now", format)
             }
-            Self::Seek { name, topic, partition, to } => {
+            Self::ReleaseHeld { name, topic } => {
+                let records = admin.release_held(&name, topic.as_deref()).await?;
+                counted(&name, records, "are tried again", format)
+            }
+            Self::DiscardHeld { name, topic } => {
+                let records = admin.discard_held(&name, topic.as_deref()).await?;
+                counted(&name, records, "are discarded", format)
+            }
+            Self::Seek { name, topic, partition, to, force } => {
                 let to = match to {
                     Place::Beginning => SeekTo::Beginning,
                     Place::End => SeekTo::End,
                     Place::Offset(offset) => SeekTo::Offset(offset),
                     Place::Time(millis) => SeekTo::Timestamp(millis),
                 };
-                admin.seek_group(&name, &topic, partition, to).await?;
+                admin.seek_group(&name, &topic, partition, to, force).await?;
                 done(&name, "moved", format)
             }
             Self::List => list(&admin.groups().await?, format),
@@ -257,15 +322,15 @@ fn done(group: &str, what: &str, format: Format) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn kicked(group: &str, records: u64, format: Format) -> anyhow::Result<()> {
+fn counted(group: &str, records: u64, what: &str, format: Format) -> anyhow::Result<()> {
     #[derive(Serialize)]
-    struct Kicked<'a> {
+    struct Counted<'a> {
         group: &'a str,
         records: u64,
     }
     match format {
-        Format::Json => print_json(&Kicked { group, records })?,
-        Format::Table => print_line(&format!("{records} records of group {group} are due now"))?,
+        Format::Json => print_json(&Counted { group, records })?,
+        Format::Table => print_line(&format!("{records} records of group {group} {what}"))?,
     }
     Ok(())
 }
@@ -298,27 +363,6 @@ fn list(groups: &[GroupListing], format: Format) -> anyhow::Result<()> {
 
 impl<'a> Shown<'a> {
     fn new(group: &'a GroupDescription) -> Self {
-        let mut totals = Totals::default();
-        for one in &group.partitions {
-            totals.lag += one.lag;
-            totals.oldest_unsettled_ms = totals.oldest_unsettled_ms.max(one.oldest_unsettled_ms);
-            totals.available += one.available;
-            totals.leased += one.leased;
-            totals.scheduled += one.scheduled;
-            totals.held += one.held;
-            totals.exhausted += one.exhausted;
-            totals.parked += one.parked;
-            totals.acked += one.acked;
-            totals.dead_lettered += one.dead_lettered;
-            totals.discarded += one.discarded;
-            totals.skipped += one.skipped;
-            totals.expired += one.expired;
-            totals.pinned_bytes += one.pinned_bytes;
-            totals.deliveries += one.deliveries;
-            totals.failures += one.failures;
-            totals.alarms.extend(one.alarms().map(alarm));
-            totals.memory_bytes += one.memory_bytes;
-        }
         let members = group.members.iter().map(|member| Member {
             member: &member.member_id,
             partitions: member.assigned.len(),
@@ -330,24 +374,11 @@ impl<'a> Shown<'a> {
             log_start: one.log_start,
             high_watermark: one.high_watermark,
             position: one.position,
-            lag: one.lag,
-            oldest_unsettled_ms: one.oldest_unsettled_ms,
-            available: one.available,
-            leased: one.leased,
-            scheduled: one.scheduled,
-            held: one.held,
-            exhausted: one.exhausted,
-            parked: one.parked,
-            acked: one.acked,
-            dead_lettered: one.dead_lettered,
-            discarded: one.discarded,
-            skipped: one.skipped,
-            expired: one.expired,
-            pinned_bytes: one.pinned_bytes,
-            deliveries: one.deliveries,
-            failures: one.failures,
-            alarms: one.alarms().map(alarm).collect(),
-            memory_bytes: one.memory_bytes,
+            counts: Counts::of([one]),
+            unreadable: one
+                .unreadable
+                .as_ref()
+                .map(|unreadable| Unreadable { offset: unreadable.offset, reason: &unreadable.reason }),
         });
         // The broker has them by topic id.
         let mut partitions: Vec<_> = partitions.collect();
@@ -356,11 +387,12 @@ impl<'a> Shown<'a> {
             group: &group.group,
             kind: kind(group.kind()),
             paused: group.paused,
+            corrupt: Some(group.corrupt.as_str()).filter(|reason| !reason.is_empty()),
             outage: group
                 .outage
                 .map(|outage| Outage { limit: outage.limit, next_probe_ms: outage.next_probe_ms }),
             config: group.config.iter().map(|entry| (entry.key.as_str(), entry.value.as_str())).collect(),
-            totals,
+            totals: Counts::of(&group.partitions),
             members: members.collect(),
             partitions,
         }
@@ -373,7 +405,11 @@ fn describe(group: &GroupDescription, format: Format) -> anyhow::Result<()> {
         print_json(&shown)?;
         return Ok(());
     }
-    let state = if shown.paused { "paused" } else { "running" };
+    let state = match (shown.corrupt, shown.paused) {
+        (Some(reason), _) => format!("corrupt: {reason}"),
+        (None, true) => "paused".to_owned(),
+        (None, false) => "running".to_owned(),
+    };
     print_line(&format!("group  {}\nkind   {}\nstate  {state}", shown.group, shown.kind))?;
     print_line(&format!("lag    {}", shown.totals.lag))?;
     print_line(&format!("oldest {}", or_dash(shown.totals.oldest_unsettled_ms.map(show_millis))))?;
@@ -386,6 +422,15 @@ fn describe(group: &GroupDescription, format: Format) -> anyhow::Result<()> {
     }
     for alarm in &shown.totals.alarms {
         print_line(&format!("ALARM  {alarm}: the limit is reached, new records wait"))?;
+    }
+    for (one, unreadable) in
+        shown.partitions.iter().filter_map(|one| one.unreadable.as_ref().map(|unreadable| (one, unreadable)))
+    {
+        let (topic, partition, offset) = (one.topic, one.partition, unreadable.offset);
+        print_line(&format!(
+            "ALARM  unreadable: {topic}/{partition} from {offset} on: {}",
+            unreadable.reason
+        ))?;
     }
     for (key, value) in &shown.config {
         print_line(&format!("config {key}={value}"))?;
@@ -422,12 +467,12 @@ fn describe(group: &GroupDescription, format: Format) -> anyhow::Result<()> {
                     one.partition.to_string(),
                     or_dash(one.position),
                     one.high_watermark.to_string(),
-                    one.lag.to_string(),
-                    or_dash(one.oldest_unsettled_ms.map(show_millis)),
-                    one.leased.to_string(),
-                    one.scheduled.to_string(),
-                    one.held.to_string(),
-                    one.dead_lettered.to_string(),
+                    one.counts.lag.to_string(),
+                    or_dash(one.counts.oldest_unsettled_ms.map(show_millis)),
+                    one.counts.leased.to_string(),
+                    one.counts.scheduled.to_string(),
+                    one.counts.held.to_string(),
+                    one.counts.dead_lettered.to_string(),
                 ]
             })
             .collect(),

@@ -22,6 +22,18 @@ pub struct AppendEntry {
     pub batch: StagedBatch,
 }
 
+/// Most held records that one command decides on.
+pub const MAX_HELD_ENDED: usize = 1000;
+
+/// What becomes of a held record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeldFate {
+    /// Tried again, as if it had never failed.
+    Release,
+    /// Settled as discarded.
+    Discard,
+}
+
 /// Where a consumer or share group is moved to. `Timestamp` is resolved to an offset by the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SeekTo {
@@ -176,6 +188,8 @@ pub enum Command {
     },
     DeleteGroup {
         group: String,
+        /// Also when records go with it that nobody else has.
+        force: bool,
     },
     PauseGroup {
         group: String,
@@ -186,10 +200,18 @@ pub enum Command {
         group: String,
         topic: Option<String>,
     },
+    /// Decides on held records of a share group, on one topic or on all; see [`MAX_HELD_ENDED`].
+    EndHeld {
+        group: String,
+        topic: Option<String>,
+        fate: HeldFate,
+    },
     SeekGroup {
         group: String,
         topic: String,
         positions: Vec<(u32, SeekTo)>,
+        /// Also when records are dropped that nobody else has.
+        force: bool,
     },
     ListGroups,
     DescribeGroup {

@@ -1,6 +1,6 @@
 //! Settings of topics and share groups: the keys, their ranges and defaults, and how text becomes a value.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::error::EngineError;
@@ -298,7 +298,7 @@ const SHARE_KEYS: &[&str] = &[
 const CLASS_KEYS: &[&str] = &["max-failures", "backoff-initial", "backoff-max"];
 /// Longest time between a failure and the next attempt, whoever asks for it.
 pub(crate) const MAX_BACKOFF_MS: u64 = 7 * DAY_MS;
-/// Error classes with settings of their own, and longest name of one in bytes.
+/// Error classes with settings of their own, those that are not retryable, and longest name of one in bytes.
 const MAX_CLASSES: usize = 64;
 const MAX_CLASS_BYTES: usize = 128;
 /// What a setting of a class is given to be the group's again.
@@ -329,9 +329,7 @@ impl ShareConfig {
                         ],
                     )?;
                 }
-                "non-retryable-classes" => {
-                    self.non_retryable = value.split_whitespace().map(str::to_owned).collect();
-                }
+                "non-retryable-classes" => self.non_retryable = parse_classes(key, value)?,
                 "outage-guard" => {
                     self.outage_guard = parse_choice(key, value, &[("on", true), ("off", false)])?;
                 }
@@ -493,6 +491,16 @@ fn parse_number<T: std::str::FromStr + PartialOrd + std::fmt::Display>(
         Ok(number) if number >= min && number <= max => Ok(number),
         _ => Err(invalid(key, value, &format!("expected a number from {min} to {max}"))),
     }
+}
+
+/// Distinct classes, separated by spaces.
+fn parse_classes(key: &str, value: &str) -> Result<Vec<String>, EngineError> {
+    let classes: BTreeSet<&str> = value.split_whitespace().collect();
+    if classes.len() > MAX_CLASSES || classes.iter().any(|class| class.len() > MAX_CLASS_BYTES) {
+        let wanted = format!("at most {MAX_CLASSES} classes, of up to {MAX_CLASS_BYTES} bytes each");
+        return Err(invalid(key, value, &wanted));
+    }
+    Ok(classes.into_iter().map(str::to_owned).collect())
 }
 
 fn parse_millis(key: &str, value: &str, min: u64, max: u64) -> Result<u64, EngineError> {

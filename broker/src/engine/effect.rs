@@ -102,6 +102,8 @@ pub struct GroupDescription {
     pub partitions: Vec<GroupPartitionInfo>,
     /// Of a share group whose outage guard is on.
     pub outage: Option<OutageInfo>,
+    /// Why it is not served, if it is not.
+    pub corrupt: Option<String>,
 }
 
 /// What the outage guard of a share group does.
@@ -166,6 +168,15 @@ pub struct GroupPartitionInfo {
     pub memory_bytes: u64,
     /// Bytes below the log start that are kept for what the group has in hand.
     pub pinned_bytes: u64,
+    /// What could not be read last, from which offset on and why; `None` when all is well.
+    pub unreadable: Option<Unreadable>,
+}
+
+/// Records that a share group was to be handed and that could not be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unreadable {
+    pub offset: u64,
+    pub reason: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -216,6 +227,11 @@ pub enum Reply {
     /// So many records were made due.
     Kicked {
         records: u64,
+    },
+    /// So many held records were decided on; whether there are more.
+    HeldEnded {
+        records: u64,
+        more: bool,
     },
     /// One per settlement, in order.
     Settled(Vec<SettleResult>),

@@ -48,6 +48,11 @@ pub enum EngineError {
     StaleCleaning(&'static str),
     #[error("group {0:?} has active members")]
     GroupNotEmpty(String),
+    #[error(
+        "group {group:?} has {redriven} redriven records that it has not worked through and {exhausted} whose dead letters are \
+         being made: they would be dropped; wait for them, or force it"
+    )]
+    GroupUnsettled { group: String, redriven: u64, exhausted: u64 },
     #[error("{what} at its limit of {limit}")]
     LimitReached { what: &'static str, limit: u64 },
     #[error("{0}")]

@@ -228,6 +228,13 @@ impl Engine {
         self.catalog.get(topic).map(|topic| &*topic.name)
     }
 
+    /// Groups of both kinds that are not served, and why.
+    pub fn corrupt_groups(&self) -> impl Iterator<Item = (&str, &str)> {
+        let shares = self.groups.iter().map(|(name, group)| (name, &group.corrupt));
+        let consumers = self.consumers.iter().map(|(name, group)| (name, &group.corrupt));
+        shares.chain(consumers).filter_map(|(name, corrupt)| Some((&**name, corrupt.as_deref()?)))
+    }
+
     /// From now on new records are refused for this reason, or taken again.
     pub fn set_room(&mut self, no_room: Option<NoRoom>) {
         self.no_room = no_room;
@@ -371,11 +378,14 @@ impl Engine {
             Command::AlterShareGroup { group, config } => {
                 self.alter_share_group(now, lsn, &group, &config, out)
             }
-            Command::DeleteGroup { group } => self.delete_group(&group, out),
+            Command::DeleteGroup { group, force } => self.delete_group(&group, force, out),
             Command::PauseGroup { group, paused } => self.pause_group(&group, paused, out),
             Command::KickGroup { group, topic } => self.kick_group(now, lsn, &group, topic.as_deref(), out),
-            Command::SeekGroup { group, topic, positions } => {
-                self.seek_group(now, lsn, &group, &topic, &positions, out)
+            Command::EndHeld { group, topic, fate } => {
+                self.end_held(now, lsn, &group, topic.as_deref(), fate, out)
+            }
+            Command::SeekGroup { group, topic, positions, force } => {
+                self.seek_group(now, lsn, &group, &topic, &positions, force, out)
             }
             Command::ListGroups => Ok(self.list_groups()),
             Command::DescribeGroup { group } => self.describe_group(now, &group),
@@ -410,9 +420,9 @@ impl Engine {
                 }
                 Ok(Reply::Done)
             }
-            Command::ScanFailed { group, partition, from, reason: _ } => {
+            Command::ScanFailed { group, partition, from, reason } => {
                 if let Some(group) = self.groups.get_mut(group.as_str()) {
-                    group.scan_failed(&mut self.desk.stage(now, lsn, out), partition, from);
+                    group.scan_failed(&mut self.desk.stage(now, lsn, out), partition, from, reason);
                 }
                 Ok(Reply::Done)
             }

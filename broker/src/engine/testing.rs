@@ -38,6 +38,8 @@ pub(crate) struct Bench {
     pub(crate) hold_letters: bool,
     /// Dead letters cannot be made.
     pub(crate) unreadable: Option<LetterError>,
+    /// The log cannot be scanned.
+    pub(crate) unscannable: Option<String>,
 }
 
 impl Bench {
@@ -59,6 +61,7 @@ impl Bench {
             level: Level::Synced,
             hold_letters: false,
             unreadable: None,
+            unscannable: None,
         };
         bench.boot_as("machine");
         bench
@@ -135,12 +138,10 @@ impl Bench {
                 *key == scan.partition && (scan.from..scan.until).contains(&record.offset)
             };
             let records = self.log.iter().filter(in_range).map(|(_, record)| *record).collect();
-            let scanned = Command::Scanned {
-                group: scan.group,
-                partition: scan.partition,
-                from: scan.from,
-                next: scan.until,
-                records,
+            let (group, partition, from) = (scan.group, scan.partition, scan.from);
+            let scanned = match self.unscannable.clone() {
+                Some(reason) => Command::ScanFailed { group, partition, from, reason },
+                None => Command::Scanned { group, partition, from, next: scan.until, records },
             };
             self.engine.step(self.now, self.lsn, None, scanned, &mut follow_up);
         }
@@ -287,7 +288,10 @@ impl Bench {
 
     pub(crate) fn seek(&mut self, to: SeekTo) {
         let (group, topic) = ("pay".to_owned(), "orders".to_owned());
-        assert_eq!(self.ask(Command::SeekGroup { group, topic, positions: vec![(0, to)] }), Reply::Done);
+        assert_eq!(
+            self.ask(Command::SeekGroup { group, topic, positions: vec![(0, to)], force: true }),
+            Reply::Done
+        );
     }
 
     pub(crate) fn credit(&mut self, id: u64, records: u32) {

@@ -157,7 +157,7 @@ fn a_member_that_leaves_does_not_end_the_sessions_of_the_others() {
     };
     assert_eq!(readers.members.len(), 1);
     heartbeat(&mut bench, "a", true);
-    bench.ask(Command::DeleteGroup { group: "readers".to_owned() });
+    bench.ask(Command::DeleteGroup { group: "readers".to_owned(), force: false });
     heartbeat(&mut bench, "c", true);
     assert_eq!(bench.ask(Command::ListGroups), Reply::Groups(Vec::new()), "who leaves no group makes none");
 }
@@ -261,10 +261,12 @@ fn a_group_that_knows_more_than_the_log_has_is_not_served_until_it_is_moved() {
         let reply = bench.ask(command);
         assert!(matches!(reply, Reply::Error(EngineError::GroupCorrupt { .. })), "{reply:?}");
     }
+    assert_eq!(bench.engine.corrupt_groups().map(|(group, _)| group).collect::<Vec<_>>(), ["pay", "readers"]);
+    assert!(bench.describe().corrupt.is_some());
     for group in ["pay", "readers"] {
         let (group, topic) = (group.to_owned(), "orders".to_owned());
         let positions = vec![(0, SeekTo::End)];
-        assert_eq!(bench.ask(Command::SeekGroup { group, topic, positions }), Reply::Done);
+        assert_eq!(bench.ask(Command::SeekGroup { group, topic, positions, force: true }), Reply::Done);
     }
     assert_eq!(bench.ask(subscribe()), Reply::Done);
     assert_eq!(bench.ask(fetch()), Reply::Offsets(vec![OffsetCommit { offset: 0, ..commit }]));

@@ -114,6 +114,13 @@ impl Shard {
     /// Begins the run: see [`Engine::boot`]. Nothing may be served before the frame is synced.
     pub(crate) fn boot(&mut self, now: Now, machine_boot: &str) -> Result<(), JournalError> {
         self.engine.boot(now, self.journal.next_lsn(), machine_boot, &mut self.effects);
+        for (group, reason) in self.engine.corrupt_groups() {
+            tracing::error!(
+                group,
+                reason,
+                "the group refuses to serve; move it with `felucca group seek`, or delete it"
+            );
+        }
         let release = self.commit(now);
         let synced = self.journal.syncer().sync()?;
         self.learn(News::Synced(synced));

@@ -121,6 +121,13 @@ impl Promises {
         }
     }
 
+    /// The record begins anew, as if it had never failed.
+    pub(crate) fn forget_failures(&mut self, record: &(Place, u64)) {
+        if let Some((_, failures, _)) = self.counts.get_mut(record) {
+            *failures = 0;
+        }
+    }
+
     /// The order of keys begins anew there.
     pub(crate) fn forget_order(&mut self, group: &str) {
         self.newest.retain(|((name, _, _), _), _| name != group);

@@ -95,7 +95,7 @@ impl Admin {
                 let (group, topic) = rng.pick(&self.movable)?.clone();
                 let to = [SeekTo::Beginning, SeekTo::End][rng.below(2) as usize];
                 let asked = Asked::Seek { group: group.clone() };
-                Some((asked, Command::SeekGroup { group, topic, positions: vec![(0, to)] }))
+                Some((asked, Command::SeekGroup { group, topic, positions: vec![(0, to)], force: true }))
             }
             _ => Some((Asked::Admin { what: "list" }, Command::ListGroups)),
         }

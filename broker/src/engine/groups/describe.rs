@@ -72,6 +72,7 @@ impl Engine {
             members: members.collect(),
             partitions: partitions.collect(),
             outage: None,
+            corrupt: group.corrupt.clone(),
         }))
     }
 
@@ -119,6 +120,7 @@ impl Engine {
                 alarms: partition.alarms(&self.settings),
                 memory_bytes: partition.memory(),
                 pinned_bytes: pinned.map(|(segment, _)| segment.bytes).sum(),
+                unreadable: partition.queue.unreadable().cloned(),
             })
         });
         GroupDescription {
@@ -129,6 +131,7 @@ impl Engine {
             members: members.collect(),
             partitions: partitions.collect(),
             outage,
+            corrupt: group.corrupt.clone(),
         }
     }
 

@@ -9,7 +9,7 @@ mod serve;
 
 use super::Engine;
 use super::catalog::{self, Topic, check_name};
-use super::command::SeekTo;
+use super::command::{HeldFate, MAX_HELD_ENDED, SeekTo};
 use super::config::{ShareConfig, to_entries};
 use super::effect::{Effects, Reply, TopicKind};
 use super::error::EngineError;
@@ -138,6 +138,7 @@ impl Engine {
     pub(in crate::engine) fn delete_group(
         &mut self,
         name: &str,
+        force: bool,
         out: &mut Effects,
     ) -> Result<Reply, EngineError> {
         if let Some(group) = self.consumers.get(name) {
@@ -152,6 +153,10 @@ impl Engine {
             }
             if !group.members().is_empty() {
                 return Err(EngineError::GroupNotEmpty(name.to_owned()));
+            }
+            if !force {
+                let everything: Vec<_> = group.partitions().keys().map(|key| (*key, u64::MAX)).collect();
+                self.check_dropped(name, &everything)?;
             }
         }
         self.stage_event(Kind::GroupDeleted(event::GroupDeleted { group: name.to_owned() }), out);
@@ -187,22 +192,66 @@ impl Engine {
         topic: Option<&str>,
         out: &mut Effects,
     ) -> Result<Reply, EngineError> {
-        let only = topic.map(|topic| self.catalog.require(topic).map(|topic| topic.id)).transpose()?;
-        let group_name = self.served_group(name)?.name.clone();
-        let Some(group) = self.groups.get_mut(&group_name) else {
-            return Err(EngineError::UnknownGroup(name.to_owned()));
-        };
-        if only.is_some_and(|id| !group.topics.contains(&id)) {
-            let why = format!("group {name:?} does not consume topic {:?}", topic.unwrap_or_default());
-            return Err(EngineError::InvalidRequest(why));
-        }
-        let chosen = |key: &&PartitionKey| only.is_none_or(|id| key.topic == id);
-        let keys: Vec<PartitionKey> = group.partitions().keys().filter(chosen).copied().collect();
+        let keys = self.partitions_on(name, topic)?;
+        let group = self.groups.get_mut(name).ok_or_else(|| EngineError::UnknownGroup(name.to_owned()))?;
         let mut stage = self.desk.stage(now, lsn, out);
         let records = keys.into_iter().map(|key| group.kick(&mut stage, key)).sum();
         Ok(Reply::Kicked { records })
     }
 
+    /// Releases or discards held records of a group, on one of its topics or on all, [`MAX_HELD_ENDED`] at the most.
+    pub(in crate::engine) fn end_held(
+        &mut self,
+        now: Now,
+        lsn: Lsn,
+        name: &str,
+        topic: Option<&str>,
+        fate: HeldFate,
+        out: &mut Effects,
+    ) -> Result<Reply, EngineError> {
+        let keys = self.partitions_on(name, topic)?;
+        let group = self.groups.get_mut(name).ok_or_else(|| EngineError::UnknownGroup(name.to_owned()))?;
+        let mut stage = self.desk.stage(now, lsn, out);
+        let mut room = MAX_HELD_ENDED;
+        for key in &keys {
+            room -= group.end_held(&mut stage, *key, fate, room);
+        }
+        let more = keys.iter().any(|key| group.partition(key).is_some_and(|one| one.state.held() > 0));
+        Ok(Reply::HeldEnded { records: (MAX_HELD_ENDED - room) as u64, more })
+    }
+
+    /// The partitions of a share group that is served, on one of its topics or on all.
+    fn partitions_on(&mut self, name: &str, topic: Option<&str>) -> Result<Vec<PartitionKey>, EngineError> {
+        let only = topic.map(|topic| self.catalog.require(topic).map(|topic| topic.id)).transpose()?;
+        let group = self.served_group(name)?;
+        if only.is_some_and(|id| !group.topics.contains(&id)) {
+            let why = format!("group {name:?} does not consume topic {:?}", topic.unwrap_or_default());
+            return Err(EngineError::InvalidRequest(why));
+        }
+        let chosen = |key: &&PartitionKey| only.is_none_or(|id| key.topic == id);
+        Ok(group.partitions().keys().filter(chosen).copied().collect())
+    }
+
+    /// Refuses to move a share group to these offsets, or to end it, if that drops records that nobody else has: those that were
+    /// redriven to it, and those that were given up and whose dead letters are not written yet.
+    fn check_dropped(&self, name: &str, places: &[(PartitionKey, u64)]) -> Result<(), EngineError> {
+        let Some(group) = self.groups.get(name) else { return Ok(()) };
+        let (mut redriven, mut exhausted) = (0, 0);
+        for (key, to) in places {
+            let Some(partition) = group.partition(key) else { continue };
+            exhausted += partition.state.exhausted();
+            let kind = self.catalog.get(&key.topic).map(|topic| &topic.kind);
+            if let (Some(TopicKind::Redrive { .. }), Some(log)) = (kind, self.partitions.get(key)) {
+                redriven += partition.state.unsettled(log.end.min(*to));
+            }
+        }
+        if (redriven, exhausted) == (0, 0) {
+            return Ok(());
+        }
+        Err(EngineError::GroupUnsettled { group: name.to_owned(), redriven, exhausted })
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the fields of one command")]
     pub(in crate::engine) fn seek_group(
         &mut self,
         now: Now,
@@ -210,6 +259,7 @@ impl Engine {
         name: &str,
         topic: &str,
         positions: &[(u32, SeekTo)],
+        force: bool,
         out: &mut Effects,
     ) -> Result<Reply, EngineError> {
         let id = self.catalog.require(topic)?.id;
@@ -251,6 +301,9 @@ impl Engine {
             return Err(EngineError::InvalidRequest(format!(
                 "group {name:?} does not consume topic {topic:?}"
             )));
+        }
+        if !force {
+            self.check_dropped(name, &resolved)?;
         }
         for (key, offset) in &resolved {
             self.start_share(name, *key, *offset, out);

@@ -16,6 +16,7 @@ use super::chains::{Chains, Known};
 use super::deadlines::Deadlines;
 use super::state::{ExceptionState, ShareState};
 use crate::engine::command::ScannedRecord;
+use crate::engine::effect::Unreadable;
 use crate::engine::types::Lsn;
 
 /// Scanned but not handed out: below half of it the log is scanned on.
@@ -51,6 +52,8 @@ pub(crate) struct Queue {
     read_again_last: bool,
     /// After a failed read.
     scan_not_before_ms: u64,
+    /// What the last read failed for.
+    unreadable: Option<Unreadable>,
     new: VecDeque<Ready>,
     returned: BTreeSet<u64>,
     /// Returned and to be granted alone.
@@ -77,6 +80,7 @@ impl Queue {
             reading: None,
             read_again_last: false,
             scan_not_before_ms: 0,
+            unreadable: None,
             new: VecDeque::new(),
             returned: BTreeSet::new(),
             alone: BTreeSet::new(),
@@ -147,6 +151,11 @@ impl Queue {
         own as u64 + self.chains.memory() + self.deadlines.memory()
     }
 
+    /// What could not be read last, if nothing was read since.
+    pub(crate) fn unreadable(&self) -> Option<&Unreadable> {
+        self.unreadable.as_ref()
+    }
+
     // ---- Scanning ----
 
     /// Everything below was scanned.
@@ -190,12 +199,13 @@ impl Queue {
         self.read_again_last = reading.again;
     }
 
-    pub(crate) fn reading_failed(&mut self, from: u64, retry_at_ms: u64) {
+    pub(crate) fn reading_failed(&mut self, from: u64, retry_at_ms: u64, reason: String) {
         if self.reading.is_none_or(|reading| reading.from != from) {
             // The group was moved meanwhile.
             return;
         }
         self.reading = None;
+        self.unreadable = Some(Unreadable { offset: from, reason });
         self.scan_not_before_ms = retry_at_ms;
         self.deadlines.look_again(retry_at_ms);
     }
@@ -215,6 +225,7 @@ impl Queue {
             return missing;
         };
         self.reading = None;
+        self.unreadable = None;
         if reading.stale {
             return missing;
         }

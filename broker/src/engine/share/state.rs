@@ -397,6 +397,12 @@ impl ShareState {
         } else if !change.detail.is_empty() {
             exception.detail.clone_from(&change.detail);
         }
+        if change.fresh {
+            exception.failures = 0;
+            exception.spared = exception.deliveries;
+            exception.ended = Ended::Not;
+            exception.alone = false;
+        }
         match change.kind {
             change::DEAD_LETTERED => {
                 self.counts.dead_lettered += 1;

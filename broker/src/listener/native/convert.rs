@@ -7,10 +7,10 @@ use felucca_protocol::{Api, ErrorCode, message as wire};
 use prost::Message;
 
 use crate::broker::BrokerError;
-use crate::engine::command::{FailureDetail, LeaseRef, Outcome, Settlement};
+use crate::engine::command::{FailureDetail, HeldFate, LeaseRef, Outcome, Settlement};
 use crate::engine::effect::{
     Appended, DeadLetterInfo, GroupDescription, GroupKind, GroupListing, RecordState, Reply, SettleResult,
-    SettleStatus, ShareAlarm, TopicInfo, TopicKind,
+    SettleStatus, ShareAlarm, TopicInfo, TopicKind, Unreadable,
 };
 use crate::engine::error::EngineError;
 use crate::engine::types::{LeaseId, Level, PartitionKey, TopicId};
@@ -48,6 +48,7 @@ pub(super) fn engine_error(error: &EngineError) -> wire::Error {
         EngineError::OffsetOutOfRange { .. } => ErrorCode::OffsetOutOfRange,
         EngineError::StaleCleaning(_) => ErrorCode::Internal,
         EngineError::GroupNotEmpty(_) => ErrorCode::GroupNotEmpty,
+        EngineError::GroupUnsettled { .. } => ErrorCode::GroupUnsettled,
         EngineError::LimitReached { .. } => ErrorCode::LimitReached,
         EngineError::DiskFull(_) => ErrorCode::DiskFull,
         EngineError::ReadOnly(_) => ErrorCode::ReadOnly,
@@ -120,6 +121,14 @@ pub(super) fn level(number: i32) -> Result<Level, wire::Error> {
         Ok(wire::Level::Synced) => Ok(Level::Synced),
         Ok(wire::Level::Written) => Ok(Level::Written),
         Err(_) => Err(invalid(format!("unknown level {number}"))),
+    }
+}
+
+pub(super) fn held_fate(fate: wire::HeldFate) -> Result<HeldFate, wire::Error> {
+    match fate {
+        wire::HeldFate::Release => Ok(HeldFate::Release),
+        wire::HeldFate::Discard => Ok(HeldFate::Discard),
+        wire::HeldFate::Unspecified => Err(invalid("the request does not say what becomes of held records")),
     }
 }
 
@@ -214,6 +223,7 @@ pub(super) fn encode_reply(buffer: &mut BytesMut, api: u8, correlation: u64, rep
             });
         }
         Reply::Kicked { records } => put.message(&wire::KickGroupReply { records }),
+        Reply::HeldEnded { records, more } => put.message(&wire::EndHeldReply { records, more }),
         Reply::Settled(results) => {
             put.message(&wire::SettleReply { results: results.into_iter().map(settle_result).collect() });
         }
@@ -345,6 +355,9 @@ pub(super) fn group_description(
             alarms: info.alarms.into_iter().map(|alarm| share_alarm(alarm).into()).collect(),
             memory_bytes: info.memory_bytes,
             pinned_bytes: info.pinned_bytes,
+            unreadable: info
+                .unreadable
+                .map(|Unreadable { offset, reason }| wire::Unreadable { offset, reason }),
             ..read(index)
         });
     wire::DescribeGroupReply {
@@ -357,6 +370,7 @@ pub(super) fn group_description(
         outage: description
             .outage
             .map(|outage| wire::GroupOutage { limit: outage.limit, next_probe_ms: outage.next_probe_ms }),
+        corrupt: description.corrupt.unwrap_or_default(),
     }
 }
 

@@ -234,7 +234,10 @@ impl Dispatcher {
                 let request: wire::AlterShareGroup = decode(&frame)?;
                 Command::AlterShareGroup { group: request.group, config: convert::config(request.config) }
             }
-            Api::DeleteGroup => Command::DeleteGroup { group: decode::<wire::DeleteGroup>(&frame)?.group },
+            Api::DeleteGroup => {
+                let request: wire::DeleteGroup = decode(&frame)?;
+                Command::DeleteGroup { group: request.group, force: request.force }
+            }
             Api::PauseGroup => {
                 let request: wire::PauseGroup = decode(&frame)?;
                 Command::PauseGroup { group: request.group, paused: request.paused }
@@ -243,6 +246,12 @@ impl Dispatcher {
                 let request: wire::KickGroup = decode(&frame)?;
                 let topic = Some(request.topic).filter(|topic| !topic.is_empty());
                 Command::KickGroup { group: request.group, topic }
+            }
+            Api::EndHeld => {
+                let request: wire::EndHeld = decode(&frame)?;
+                let fate = convert::held_fate(request.fate())?;
+                let topic = Some(request.topic).filter(|topic| !topic.is_empty());
+                Command::EndHeld { group: request.group, topic, fate }
             }
             Api::ListGroups => Command::ListGroups,
             Api::ListDeadLetters => {

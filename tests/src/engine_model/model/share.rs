@@ -492,6 +492,35 @@ impl Model {
             }
         }
     }
+
+    /// An operator decides on everything that is held: it is tried again, or discarded. Answers what it was:
+    /// (partition, instance, offset).
+    pub(crate) fn end_held(
+        &mut self,
+        at: Moment,
+        group: &str,
+        topic: Option<TopicId>,
+        release: bool,
+    ) -> Vec<(PartitionKey, u64, u64)> {
+        let mut ended = Vec::new();
+        let share = self.shares.get_mut(group).expect("a known group");
+        for (key, part) in share.parts.iter_mut().filter(|(key, _)| topic.is_none_or(|id| key.topic == id)) {
+            for (offset, record) in part.records.iter_mut().filter(|(_, record)| record.state == State::Held)
+            {
+                ended.push((*key, part.instance, *offset));
+                if release {
+                    record.state = State::Waiting { from_ms: at.now_ms, by_ms: at.now_ms };
+                    record.failures = 0;
+                    record.spared = record.deliveries;
+                    (record.alone, record.fatal) = (false, false);
+                } else {
+                    part.counts.discarded += 1;
+                    record.state = State::Settled { how: How::Discarded, lsn: at.lsn, at_ms: at.now_ms };
+                }
+            }
+        }
+        ended
+    }
 }
 
 /// A lease that was not settled in time: (group, partition, offset).

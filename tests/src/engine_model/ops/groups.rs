@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use felucca_broker::engine::command::{Command, SeekTo};
+use felucca_broker::engine::command::{Command, HeldFate, SeekTo};
 use felucca_broker::engine::effect::{Reply, TopicKind};
 use felucca_broker::engine::error::EngineError;
 use felucca_broker::engine::types::{Level, PartitionKey, TopicId};
@@ -252,6 +252,27 @@ impl World {
         }
     }
 
+    pub(crate) fn end_held(&mut self) {
+        let Some(group) = self.any_share_group() else { return };
+        let topic = if self.rng.chance(40) { self.any_topic() } else { None };
+        let id = topic.as_deref().and_then(|topic| self.model.topic_named(topic)).map(|(id, _)| id);
+        let fate = if self.rng.chance(70) { HeldFate::Release } else { HeldFate::Discard };
+        self.note(|| format!("{fate:?} what is held by {group} {topic:?}"));
+        let command = Command::EndHeld { group: group.clone(), topic, fate };
+        if id.is_some_and(|id| !self.model.shares[&group].topics.contains(&id)) {
+            self.refused(command, |error| matches!(error, EngineError::InvalidRequest(_)));
+            return;
+        }
+        let at = self.moment();
+        let held = self.model.end_held(at, &group, id, fate == HeldFate::Release);
+        let least = if held.is_empty() { Level::Written } else { Level::Synced };
+        let records = held.len() as u64;
+        for (key, instance, offset) in held {
+            self.promises.forget_failures(&((group.clone(), key, instance), offset));
+        }
+        assert_eq!(self.ask(command, least), Reply::HeldEnded { records, more: false });
+    }
+
     pub(crate) fn pause_group(&mut self) {
         let Some(group) = self.any_share_group() else { return };
         let paused = self.rng.chance(40);
@@ -279,7 +300,8 @@ impl World {
         let name = self.model.topics[&key.topic].name.clone();
         self.note(|| format!("seek {group} {name} {key} to {to:?}"));
         let positions = vec![(key.partition, to)];
-        let command = Command::SeekGroup { group: group.clone(), topic: name, positions };
+        let force = self.rng.chance(70);
+        let command = Command::SeekGroup { group: group.clone(), topic: name, positions, force };
         let start = match to {
             SeekTo::Beginning => log_start,
             SeekTo::End => end,
@@ -302,8 +324,46 @@ impl World {
             self.refused(command, |error| matches!(error, EngineError::InvalidRequest(_)));
             return;
         }
-        assert_eq!(self.ask(command, Level::Synced), Reply::Done);
+        if force {
+            assert_eq!(self.ask(command, Level::Synced), Reply::Done);
+        } else if self.refused_for_what_it_drops(&group, command, &[(key, start)]) {
+            return;
+        }
         self.restart_part(&group, key, start);
+    }
+
+    /// Asks to move a group to these offsets, or to delete it, without force; answers whether that is refused.
+    fn refused_for_what_it_drops(
+        &mut self,
+        group: &str,
+        command: Command,
+        places: &[(PartitionKey, u64)],
+    ) -> bool {
+        let (mut dropped, mut holes) = (0, 0);
+        for (key, to) in places {
+            let (part, log) = (&self.model.shares[group].parts[key], &self.model.logs[key]);
+            dropped += part.records.values().filter(|record| record.state == State::Exhausted).count() as u64;
+            if matches!(self.model.topics[&key.topic].kind, Kind::Redrive { .. }) {
+                let end = log.end.min(*to);
+                dropped += part.unsettled(log, end).count() as u64;
+                // The engine cannot tell a record from none that it has not looked for.
+                holes += end.saturating_sub(part.start)
+                    - log.entries.range(part.start.min(end)..end).count() as u64;
+            }
+        }
+        let staged = self.staged_events();
+        match self.ask(command, Level::Written) {
+            Reply::Done => {
+                assert_eq!(dropped, 0, "dropped by {group}");
+                false
+            }
+            Reply::Error(EngineError::GroupUnsettled { .. }) => {
+                assert!(dropped + holes > 0, "refused to {group}");
+                assert_eq!(self.staged_events(), staged, "refused, and yet something was done");
+                true
+            }
+            other => panic!("{other:?}"),
+        }
     }
 
     fn restart_part(&mut self, group: &str, key: PartitionKey, start: u64) {
@@ -318,7 +378,8 @@ impl World {
             self.model.shares.keys().chain(self.model.consumers.keys()).cloned().collect();
         let Some(group) = self.rng.pick(&names).cloned() else { return };
         self.note(|| format!("delete group {group}"));
-        let command = Command::DeleteGroup { group: group.clone() };
+        let force = self.rng.chance(50);
+        let command = Command::DeleteGroup { group: group.clone(), force };
         if self.model.shares.get(&group).is_some_and(|share| share.hidden) {
             self.refused(command, |error| matches!(error, EngineError::InvalidRequest(_)));
             return;
@@ -331,7 +392,15 @@ impl World {
             self.refused(command, |error| matches!(error, EngineError::GroupNotEmpty(_)));
             return;
         }
-        assert_eq!(self.ask(command, Level::Synced), Reply::Done);
+        match self.model.shares.get(&group) {
+            Some(share) if !force => {
+                let places: Vec<_> = share.parts.keys().map(|key| (*key, u64::MAX)).collect();
+                if self.refused_for_what_it_drops(&group, command, &places) {
+                    return;
+                }
+            }
+            _ => assert_eq!(self.ask(command, Level::Synced), Reply::Done),
+        }
         self.deleted.insert(group.clone());
         self.live.drop_group(&group);
         self.model.consumers.remove(&group);

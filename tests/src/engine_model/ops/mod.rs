@@ -18,11 +18,11 @@ use super::world::{Fate, World};
 #[derive(Clone, Debug)]
 pub(crate) struct Weights([u64; KINDS]);
 
-const KINDS: usize = 20;
+const KINDS: usize = 21;
 
 impl Weights {
     pub(crate) fn draw(rng: &mut Rng) -> Self {
-        let mut weights = [30, 6, 25, 6, 2, 2, 2, 3, 3, 3, 8, 6, 2, 1, 2, 3, 3, 3, 2, 12];
+        let mut weights = [30, 6, 25, 6, 2, 2, 2, 3, 3, 3, 8, 6, 2, 1, 2, 3, 3, 3, 2, 3, 12];
         for weight in &mut weights {
             match rng.below(4) {
                 0 => *weight /= 3,
@@ -68,6 +68,7 @@ impl World {
             16 => self.init_producer(),
             17 => self.kick_group(),
             18 => self.delete_records(),
+            19 => self.end_held(),
             _ => self.heartbeat(),
         }
         self.check_fresh();

@@ -17,6 +17,8 @@ use crate::engine::types::{LeaseId, PartitionKey, SubscriptionId};
 const GRANT_QUANTUM: usize = 256;
 /// Of what members hold on average, this part may be granted to one of them before it is the next one's turn.
 const HELD_PER_GRANTED: u64 = 4;
+/// Beyond the limit of leases, one part in so many is kept for records that came back.
+const RETURNED_RESERVE: u64 = 8;
 /// Offsets that one scan may report.
 const SCAN_RECORDS: usize = queue::LOOKAHEAD;
 /// The same while the budget of memory is spent.
@@ -41,9 +43,15 @@ impl ShareGroup {
         stage.pump.insert(self.name.clone());
     }
 
-    pub(crate) fn scan_failed(&mut self, stage: &mut Stage<'_>, key: PartitionKey, from: u64) {
+    pub(crate) fn scan_failed(
+        &mut self,
+        stage: &mut Stage<'_>,
+        key: PartitionKey,
+        from: u64,
+        reason: String,
+    ) {
         if let Some(partition) = self.partitions.get_mut(&key) {
-            partition.queue.reading_failed(from, stage.now.monotonic_ms + READ_RETRY_MS);
+            partition.queue.reading_failed(from, stage.now.monotonic_ms + READ_RETRY_MS, reason);
         }
         self.after_change(stage, key);
     }
@@ -201,11 +209,11 @@ impl ShareGroup {
         let members = self.subscriptions.len().max(1) as u64;
         let Some(subscription) = self.subscriptions.get_mut(&id) else { return false };
         let leases = partition.state.leases().len() as u64;
-        let free = usize::try_from(stage.max_leases.saturating_sub(leases)).unwrap_or(usize::MAX);
-        if free == 0 {
-            return false;
-        }
-        let mut allow_new = (partition.state.exceptions().len() as u64) < stage.max_exceptions;
+        let room_below = |limit: u64| usize::try_from(limit.saturating_sub(leases)).unwrap_or(usize::MAX);
+        let full = partition.state.exceptions().len() as u64 >= stage.max_exceptions;
+        // A full table stops new records only.
+        let mut free_for_new = if full { 0 } else { room_below(stage.max_leases) };
+        let free = room_below(stage.max_leases.saturating_add(stage.max_leases.div_ceil(RETURNED_RESERVE)));
         let end = stage.high_watermarks.get(&key).copied().unwrap_or(0);
         let fair = partition.queue.outlook(end).div_ceil(self.takers.len().max(1));
         // Whoever has much in hand does not wait for the next record: then fewer, larger deliveries are better than even ones.
@@ -215,7 +223,7 @@ impl ShareGroup {
         if self.budget.is_spent() {
             if partition.is_over_trickle() {
                 stage.starved.insert(self.name.clone());
-                allow_new = false;
+                free_for_new = 0;
             }
             share = share.min(TRICKLE as usize);
         }
@@ -225,9 +233,12 @@ impl ShareGroup {
             && let Some(ready) = if alone {
                 partition.queue.take_alone(&partition.state)
             } else {
-                partition.queue.take(&partition.state, allow_new)
+                partition.queue.take(&partition.state, free_for_new > 0)
             }
         {
+            if partition.state.exception(ready.offset).is_none() {
+                free_for_new -= 1;
+            }
             subscription.credit_records -= 1;
             subscription.credit_bytes -= i64::from(ready.size);
             taken.push(ready);

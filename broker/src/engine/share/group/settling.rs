@@ -1,7 +1,7 @@
 //! What ends a lease or returns a record: settlements, expiry, due times, dead letters made, commits.
 
 use super::{READ_RETRY_MS, ShareGroup};
-use crate::engine::command::{LeaseRef, Outcome, Settlement};
+use crate::engine::command::{HeldFate, LeaseRef, Outcome, Settlement};
 use crate::engine::config::OnExhausted;
 use crate::engine::dead_letter::DeadLetterContext;
 use crate::engine::effect::{DeadLetterRead, SettleResult, SettleStatus};
@@ -243,6 +243,37 @@ impl ShareGroup {
         stage.dirty.insert(RowKey::Share(self.name.clone(), key));
         self.after_change(stage, key);
         kicked.len() as u64
+    }
+
+    /// An operator decides on the held records of the partition, at most `most` of them. Answers how many there were.
+    pub(crate) fn end_held(
+        &mut self,
+        stage: &mut Stage<'_>,
+        key: PartitionKey,
+        fate: HeldFate,
+        most: usize,
+    ) -> usize {
+        let Some(partition) = self.partitions.get(&key).filter(|partition| partition.state.held() > 0) else {
+            return 0;
+        };
+        let held = partition.state.exceptions().iter();
+        let held = held.filter(|(_, exception)| exception.state == ExceptionState::Held).take(most);
+        let changes: Vec<RecordChange> = held
+            .map(|(offset, _)| match fate {
+                HeldFate::Release => RecordChange {
+                    offset: *offset,
+                    kind: change::AVAILABLE,
+                    fresh: true,
+                    ..RecordChange::default()
+                },
+                HeldFate::Discard => {
+                    RecordChange { offset: *offset, kind: change::DISCARDED, ..RecordChange::default() }
+                }
+            })
+            .collect();
+        let ended = changes.len();
+        self.commit_changes(stage, key, Vec::new(), changes);
+        ended
     }
 
     /// Frames up to `committed` have reached the commit level. While anything waits for more, it asks to be told again.

@@ -93,7 +93,7 @@ fn who_redrives_a_dead_letter_topic_is_told_when_it_goes() {
         held: Vec::new(),
     });
     assert_eq!(reply, Reply::Done);
-    bench.ask(Command::DeleteGroup { group: "pay".to_owned() });
+    bench.ask(Command::DeleteGroup { group: "pay".to_owned(), force: false });
     bench.ask(Command::DeleteTopic { name: "dlq.pay.orders".to_owned() });
     assert_eq!(bench.ended.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [SubscriptionId(1)]);
     assert!(bench.engine.subscriptions.is_empty());
@@ -134,7 +134,7 @@ fn the_group_behind_a_dead_letter_topic_cannot_be_deleted_alone() {
     bench.topic(&[]);
     bench.group(&[]);
     let Reply::DeadLetters(letters) = bench.ask(Command::ListDeadLetters { group: None }) else { panic!() };
-    let reply = bench.ask(Command::DeleteGroup { group: letters[0].redrive_group.clone() });
+    let reply = bench.ask(Command::DeleteGroup { group: letters[0].redrive_group.clone(), force: false });
     assert!(matches!(reply, Reply::Error(EngineError::InvalidRequest(_))), "{reply:?}");
 }
 
@@ -200,7 +200,7 @@ fn letters_outlive_their_group_and_its_successor_goes_on_with_them() {
     let (mut bench, lease) = leased(&[]);
     bench.settle("a", lease, reject());
     bench.advance(20_000);
-    bench.ask(Command::DeleteGroup { group: "pay".to_owned() });
+    bench.ask(Command::DeleteGroup { group: "pay".to_owned(), force: false });
     let pending = |bench: &mut Bench| match bench.ask(Command::ListDeadLetters { group: None }) {
         Reply::DeadLetters(letters) => letters.iter().map(|letters| letters.pending).sum::<u64>(),
         other => panic!("{other:?}"),

@@ -147,7 +147,12 @@ fn a_key_waits_for_the_sync_of_a_move_and_of_a_change_of_order() {
     assert_eq!(bench.offsets(), [1]);
     bench.hold_sync = true;
     let positions = vec![(0, SeekTo::Offset(3))];
-    bench.ask(Command::SeekGroup { group: "pay".to_owned(), topic: "orders".to_owned(), positions });
+    bench.ask(Command::SeekGroup {
+        group: "pay".to_owned(),
+        topic: "orders".to_owned(),
+        positions,
+        force: true,
+    });
     assert!(bench.offsets().is_empty());
     bench.hold_sync = false;
     bench.advance(1);

@@ -1,7 +1,8 @@
 //! What an operator does to a group: kick, pause, seek, and what it sees.
 
 use crate::engine::command::{Command, Outcome, SeekTo};
-use crate::engine::effect::{RecordState, Reply};
+use crate::engine::config::EngineSettings;
+use crate::engine::effect::{RecordState, Reply, ShareAlarm};
 use crate::engine::error::EngineError;
 use crate::engine::testing::{Bench, leased, nack, reject};
 
@@ -114,4 +115,65 @@ fn every_state_is_counted_once() {
     assert_eq!((counts.leased, counts.scheduled, counts.exhausted, counts.held), (1, 1, 1, 0));
     assert_eq!((counts.acked, counts.dead_lettered, counts.oldest_unsettled), (1, 0, Some(1)));
     assert_eq!((counts.deliveries, counts.failures), (5, 2));
+}
+
+#[test]
+fn a_group_is_not_deleted_or_moved_while_a_dead_letter_is_being_made_unless_forced() {
+    let (mut bench, lease) = leased(&[]);
+    bench.hold_letters = true;
+    bench.settle("a", lease, reject());
+    let refused = |reply: Reply| {
+        let Reply::Error(EngineError::GroupUnsettled { redriven, exhausted, .. }) = reply else {
+            panic!("{reply:?}")
+        };
+        (redriven, exhausted)
+    };
+    let seek = |force| Command::SeekGroup {
+        group: "pay".to_owned(),
+        topic: "orders".to_owned(),
+        positions: vec![(0, SeekTo::Beginning)],
+        force,
+    };
+    assert_eq!(refused(bench.ask(seek(false))), (0, 1));
+    bench.advance(20_000);
+    let delete = |force| Command::DeleteGroup { group: "pay".to_owned(), force };
+    assert_eq!(refused(bench.ask(delete(false))), (0, 1));
+    assert_eq!(bench.ask(seek(true)), Reply::Done);
+    assert_eq!(bench.ask(delete(false)), Reply::Done, "nothing is left to lose");
+}
+
+#[test]
+fn what_cannot_be_read_is_told() {
+    let (mut bench, lease) = leased(&[]);
+    bench.settle("a", lease, Outcome::Ack);
+    bench.append(None, 1).unwrap();
+    bench.unscannable = Some("a bad sector".to_owned());
+    bench.credit(1, 1);
+    bench.advance(1);
+    assert!(bench.offsets().is_empty());
+    let told = bench.counts().unreadable.expect("an alarm");
+    assert_eq!((told.offset, told.reason.as_str()), (1, "a bad sector"));
+    bench.unscannable = None;
+    bench.advance(1_000);
+    assert_eq!((bench.offsets(), bench.counts().unreadable), (vec![1], None));
+}
+
+#[test]
+fn a_full_table_of_leases_stops_new_records_only() {
+    let mut bench = Bench::with(EngineSettings { max_leases: 8, ..EngineSettings::default() });
+    bench.topic(&[]);
+    bench.group(&[("outage-guard", "off")]);
+    bench.append(None, 20).unwrap();
+    bench.subscribe(1, "a", 20);
+    let leases = bench.delivered();
+    assert_eq!(leases.len(), 8, "the table is full");
+    assert_eq!(bench.counts().alarms, [ShareAlarm::Leases]);
+    bench.settle("a", leases[0].0, nack());
+    assert_eq!(bench.offsets(), [8], "its place goes to a new record");
+    bench.advance(100);
+    assert_eq!(bench.offsets(), [0], "tried again all the same");
+    bench.settle_all("a", &[leases[1].0, leases[2].0], &nack());
+    assert_eq!(bench.offsets(), [9]);
+    bench.advance(100);
+    assert_eq!(bench.offsets(), [1], "within bounds: the other waits for a place");
 }

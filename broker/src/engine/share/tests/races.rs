@@ -143,6 +143,7 @@ fn a_seek_and_an_ack_in_one_turn_are_one_frame() {
         group: "pay".to_owned(),
         topic: "orders".to_owned(),
         positions: vec![(P0.partition, SeekTo::Beginning)],
+        force: false,
     };
     bench.engine.step(bench.now, bench.lsn, None, seek, &mut out);
     bench.engine.step(bench.now, bench.lsn, Some(RequestId(1)), ack(lease), &mut out);

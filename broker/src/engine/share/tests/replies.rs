@@ -176,7 +176,7 @@ fn a_lease_of_a_former_group_of_the_same_name_is_fenced() {
     let make = || {
         let (mut bench, lease) = leased(&[("lease", "1s")]);
         bench.advance(20_000);
-        assert_eq!(bench.ask(Command::DeleteGroup { group: "pay".to_owned() }), Reply::Done);
+        assert_eq!(bench.ask(Command::DeleteGroup { group: "pay".to_owned(), force: false }), Reply::Done);
         bench.group(&[]);
         (bench, lease)
     };

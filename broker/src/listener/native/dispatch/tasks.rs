@@ -106,7 +106,8 @@ impl Dispatcher {
         };
         let broker = self.broker.clone();
         self.answer_later(Api::SeekGroup, correlation, async move {
-            let moved = broker.seek_group(&request.group, &request.topic, request.partition, to).await;
+            let wire::SeekGroup { group, topic, partition, force, .. } = request;
+            let moved = broker.seek_group(&group, &topic, partition, to, force).await;
             moved.map(|()| wire::Empty {}).map_err(|error| convert::broker_error(&error))
         })
     }
