@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use felucca_broker::log::SegmentFile;
-use felucca_client::{Client, Error, ErrorCode, Outcome, Record, Start};
+use felucca_client::{Client, Error, ErrorCode, Outcome, Record, SeekTo, Start};
 use felucca_tests::process::{BrokerProcess, felucca_binary};
 use tokio::time::{sleep, timeout};
 
@@ -118,23 +118,31 @@ async fn a_flipped_bit_is_named_and_everything_else_can_be_read() {
         },
     ));
     let admin = client.admin();
-    let lag = |expected| {
-        let admin = admin.clone();
-        async move {
-            let reached = timeout(PATIENCE, async {
-                while admin.describe_group("work").await.unwrap().partitions[0].lag != expected {
-                    sleep(Duration::from_millis(50)).await;
-                }
-            });
-            let found = reached.await;
-            assert!(found.is_ok(), "{:?}", admin.describe_group("work").await);
-        }
+    let orders = async || {
+        let group = admin.describe_group("work").await.unwrap();
+        group.partitions.into_iter().find(|one| one.topic == "orders").unwrap()
+    };
+    let lag = async |expected| {
+        let reached = timeout(PATIENCE, async {
+            while orders().await.lag != expected {
+                sleep(Duration::from_millis(50)).await;
+            }
+        });
+        let found = reached.await;
+        assert!(found.is_ok(), "{:?}", orders().await);
     };
     lag(RECORDS - damaged.first).await;
     sleep(Duration::from_secs(2)).await;
     let log = broker.log();
     let complaints = log.matches("cannot scan the log").count();
     assert!((1..20).contains(&complaints), "{complaints} complaints: {log}");
+
+    let unreadable = orders().await.unreadable.expect("an alarm");
+    assert_eq!(unreadable.offset, damaged.first);
+    assert!(unreadable.reason.contains(name), "{}", unreadable.reason);
+    admin.seek_group("work", "orders", Some(0), SeekTo::Offset(damaged.last + 1), false).await.unwrap();
+    lag(0).await;
+    assert!(orders().await.unreadable.is_none());
 
     // The look for damage has found it meanwhile.
     let found = log.lines().find(|line| line.contains("stored records are damaged")).expect(&log);
