@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use felucca_protocol::batch::{self, BatchLimits};
+use tokio::sync::oneshot::Receiver;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -110,9 +111,7 @@ impl Broker {
     /// # Errors
     /// The engine's refusal, or [`BrokerError::Timeout`].
     pub async fn call(&self, command: Command) -> Result<Reply, BrokerError> {
-        let (responder, answer) = Once::channel();
-        self.submit([Submission::new(command, responder, 0)]);
-        match timeout(CALL_PATIENCE, answer).await {
+        match timeout(CALL_PATIENCE, self.ask(command)).await {
             Ok(Ok(Reply::Error(error))) => Err(error.into()),
             Ok(Ok(reply)) => Ok(reply),
             Ok(Err(_)) => Err(EngineError::Stopping.into()),
@@ -120,14 +119,19 @@ impl Broker {
         }
     }
 
+    /// Queues one command, whose answer comes to the receiver.
+    pub(crate) fn ask(&self, command: Command) -> Receiver<Reply> {
+        let (responder, answer) = Once::channel();
+        self.submit([Submission::new(command, responder, 0)]);
+        answer
+    }
+
     /// As [`Self::call`], for a thread that may block; waits for as long as the shard lives.
     ///
     /// # Errors
     /// The engine's refusal.
     pub fn call_blocking(&self, command: Command) -> Result<Reply, BrokerError> {
-        let (responder, answer) = Once::channel();
-        self.submit([Submission::new(command, responder, 0)]);
-        match answer.blocking_recv() {
+        match self.ask(command).blocking_recv() {
             Ok(Reply::Error(error)) => Err(error.into()),
             Ok(reply) => Ok(reply),
             Err(_) => Err(EngineError::Stopping.into()),

@@ -38,6 +38,14 @@ pub const PLANTS: &[Plant] = &[
     plant_of("accept-duplicates", "a repeated batch is appended again"),
     plant_of("mint-offsets-twice", "offsets shown before a power loss are used again"),
     plant_of("forget-commits", "committed offsets are not journaled"),
+    plant_of("forget-deletions", "a log start that was raised is not journaled"),
+    plant_of("forget-topic-deletion", "the deletion of a topic is not journaled"),
+    plant_of("swap-before-sync", "the cleaner's segments take their place before they are synced"),
+    plant_of("clean-in-hand", "the cleaner drops what share groups have in hand"),
+    plant_of(
+        "drop-tombstones-early",
+        "a tombstone goes at once, also when something older of its key is left",
+    ),
 ];
 
 #[cfg(all(feature = "plants", debug_assertions))]

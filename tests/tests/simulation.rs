@@ -6,7 +6,7 @@ use felucca_broker::plants::{PLANTS, plant};
 use felucca_tests::sim::{FAULTS, Plan, STEPS, run};
 
 /// Seeds within which a planted bug must be found.
-const SEEDS: u64 = 400;
+const SEEDS: u64 = 1_000;
 
 fn simulate(arguments: &[&str]) -> (Option<i32>, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_simulate")).args(arguments).output().expect("it runs");

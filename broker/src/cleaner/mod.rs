@@ -4,12 +4,14 @@
 //! records of a key are old. One thread cleans one partition at a time: memory is bounded by the map of keys, reading and
 //! writing by a rate.
 //!
-//! Order of reading: [`pass`] (one cleaning), [`judge`] (what is kept), [`keys`], [`pace`].
+//! Order of reading: [`pass`] (one cleaning), [`judge`] (what is kept), [`keys`], [`pace`]; [`stepped`] is the cleaner without a
+//! thread.
 
 mod judge;
 mod keys;
 mod pace;
 mod pass;
+mod stepped;
 #[cfg(test)]
 mod tests;
 
@@ -20,6 +22,7 @@ use std::time::Duration;
 
 use pace::{Pace, Stop};
 pub use pass::{CleanError, Cleaned};
+pub use stepped::{Step, SteppedCleaner};
 
 use crate::broker::{Broker, BrokerError};
 use crate::engine::command::Command;
@@ -98,10 +101,11 @@ fn clean_next(broker: &Broker, options: &CleanerOptions, stop: &Stop) -> Result<
         _ => return Err(BrokerError::Unexpected("NextCleaning").into()),
     };
     let mut pace = Pace::new(options.bytes_per_second, stop);
-    let done = pass::run(broker, &cleaning, options.key_bytes, &mut pace)?;
-    let Cleaned { bytes_before, bytes_after, dropped, cut_short } = done;
+    let partition = cleaning.partition;
+    let Cleaned { bytes_before, bytes_after, dropped, cut_short } =
+        pass::run(broker, cleaning, options.key_bytes, &mut pace)?;
     tracing::info!(
-        partition = %cleaning.partition,
+        %partition,
         bytes_before,
         bytes_after,
         dropped,

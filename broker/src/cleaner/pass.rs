@@ -10,6 +10,7 @@
 //! marked to go some time, everything older of its key has gone already. A cleaning that ends early has done a part of the work,
 //! and the next one begins with the same dirty part.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -22,8 +23,9 @@ use super::pace::Pace;
 use crate::broker::{Broker, BrokerError};
 use crate::engine::cleaning::{CleanSegment, Cleaning, Goal, Replacement, SealedSegment};
 use crate::engine::command::Command;
-use crate::engine::effect::SegmentName;
+use crate::engine::effect::{Reply, SegmentName};
 use crate::engine::error::EngineError;
+use crate::engine::types::PartitionKey;
 use crate::log::{ReadError, ReadView, Rewritten, SegmentRewriter, discard};
 
 /// Bytes read at a time.
@@ -62,38 +64,22 @@ pub struct Cleaned {
 /// See [`CleanError`].
 pub(super) fn run(
     broker: &Broker,
-    cleaning: &Cleaning,
+    cleaning: Cleaning,
     key_bytes: u64,
     pace: &mut Pace<'_>,
 ) -> Result<Cleaned, CleanError> {
-    let view = broker.view(cleaning.partition).map_err(BrokerError::from)?;
-    let mut pass =
-        Pass { broker, cleaning, view, next_generation: cleaning.generation, done: Cleaned::default() };
-    let (keys, mapped_until) = pass.map_keys(key_bytes, pace)?;
-    let mut judge = Judge::new(cleaning, &keys, mapped_until);
-    for group in groups(cleaning, mapped_until) {
-        if !pass.clean(group, &mut judge, pace)? {
-            pass.done.cut_short = true;
-            return Ok(pass.done);
-        }
-    }
-    if matches!(cleaning.goal, Goal::Compact { .. }) {
-        let end = Command::EndCleaning {
-            partition: cleaning.partition,
-            cleaned_until: judge.cleaned_until(),
-            tombstones_due_ms: judge.tombstones_due_ms(),
-            more: cleaning.segments.last().is_some_and(|last| mapped_until < last.end),
-        };
-        broker.call_blocking(end)?;
+    let mut pass = Pass::begin(broker, cleaning, key_bytes, pace)?;
+    while let Some(command) = pass.next(pace)? {
+        pass.answered(broker.call_blocking(command))?;
     }
     Ok(pass.done)
 }
 
 /// Neighbours that fit one segment together, up to the last that begins below `until`.
-fn groups(cleaning: &Cleaning, until: u64) -> Vec<&[SealedSegment]> {
+fn groups(cleaning: &Cleaning, until: u64) -> VecDeque<Vec<SealedSegment>> {
     let count = cleaning.segments.partition_point(|segment| segment.base_offset < until);
     let mut rest = &cleaning.segments[..count];
-    let mut groups = Vec::new();
+    let mut groups = VecDeque::new();
     while !rest.is_empty() {
         let mut bytes = 0;
         let fitting = rest.iter().take_while(|segment| {
@@ -101,108 +87,137 @@ fn groups(cleaning: &Cleaning, until: u64) -> Vec<&[SealedSegment]> {
             bytes <= cleaning.segment_bytes
         });
         let (group, later) = rest.split_at(fitting.count().max(1));
-        groups.push(group);
+        groups.push_back(group.to_vec());
         rest = later;
     }
     groups
 }
 
-struct Pass<'c> {
-    broker: &'c Broker,
-    cleaning: &'c Cleaning,
+/// A cleaning, as far as it has come. Whoever carries it out asks the shard what [`Pass::next`] says and brings the answer
+/// to [`Pass::answered`], in turns; dropped in between it leaves its files to the next start, for the shard may have been
+/// told of them.
+#[derive(Debug)]
+pub(super) struct Pass {
+    partition: PartitionKey,
     view: Arc<ReadView>,
+    judge: Judge,
+    groups: VecDeque<Vec<SealedSegment>>,
     next_generation: u32,
-    done: Cleaned,
+    /// The shard is asked to put these into their place.
+    placing: Option<Placing>,
+    /// Keys of a part of the log only had room.
+    more: bool,
+    /// What there is to say at the end has been said.
+    said: bool,
+    pub(super) goal: Goal,
+    pub(super) done: Cleaned,
 }
 
-impl Pass<'_> {
-    /// Notes the latest offset of each key in what is dirty, as far as there is room for keys; answers how far that is.
-    fn map_keys(&self, key_bytes: u64, pace: &mut Pace<'_>) -> Result<(KeyMap, u64), CleanError> {
-        let Some((first, last)) = self.cleaning.segments.first().zip(self.cleaning.segments.last()) else {
-            return Ok((KeyMap::with_bytes(0), 0));
-        };
-        let Goal::Compact { cleaned_until, .. } = self.cleaning.goal else {
-            return Ok((KeyMap::with_bytes(0), last.end));
-        };
-        let from = cleaned_until.max(first.base_offset).max(self.cleaning.log_start);
-        let dirty = self.cleaning.segments.iter().filter(|segment| segment.end > from);
-        let dirty: u64 = dirty.map(|segment| segment.bytes).sum();
-        // A map that is too small for many small records ends this cleaning early, and the next one goes on.
-        let most = dirty / RECORD_BYTES * 32 + 64 * 1024;
-        let mut keys = KeyMap::with_bytes(key_bytes.min(most));
-        let mut until = last.end;
-        self.each_batch(from, last.end, pace, |_, bytes| {
-            let offset_of = |cause| self.damaged(bytes, cause);
-            let opened = batch::scan(bytes).map_err(offset_of)?;
-            for record in &opened {
-                let record = record.map_err(offset_of)?;
-                let Some(key) = record.key.filter(|_| record.offset >= from) else { continue };
-                let hash = keys.hash(key);
-                if !keys.insert(hash, record.offset) {
-                    until = record.offset;
-                    return Ok(false);
-                }
-            }
-            Ok(true)
-        })?;
-        Ok((keys, until))
-    }
+#[derive(Debug)]
+struct Placing {
+    output: Output,
+    bytes_before: u64,
+    bytes_after: u64,
+    dropped: u64,
+}
 
-    fn damaged(&self, bytes: &Bytes, cause: BatchError) -> CleanError {
-        let offset = BatchHeader::parse(bytes).map_or(0, |header| header.base_offset);
-        CleanError::Batch { offset, cause }
-    }
-
-    /// Hands the batches that begin in `from..until`, or hold `from`, to `each`, for as long as it says so.
-    fn each_batch(
-        &self,
-        from: u64,
-        until: u64,
+impl Pass {
+    /// Reads what is dirty. Blocks.
+    ///
+    /// # Errors
+    /// See [`CleanError`].
+    pub(super) fn begin(
+        broker: &Broker,
+        cleaning: Cleaning,
+        key_bytes: u64,
         pace: &mut Pace<'_>,
-        mut each: impl FnMut(&mut Pace<'_>, &Bytes) -> Result<bool, CleanError>,
-    ) -> Result<(), CleanError> {
-        let mut offset = from;
-        while offset < until {
-            let batches = self.view.read_stored(offset, READ_BYTES)?;
-            if batches.is_empty() {
-                return Ok(());
-            }
-            for bytes in &batches {
-                let header = BatchHeader::parse(bytes).map_err(|cause| self.damaged(bytes, cause))?;
-                if header.base_offset >= until {
-                    return Ok(());
-                }
-                pace.spend(bytes.len() as u64)?;
-                if !each(pace, bytes)? {
-                    return Ok(());
-                }
-                offset = header.last_offset() + 1;
+    ) -> Result<Self, CleanError> {
+        let partition = cleaning.partition;
+        let view = broker.view(partition).map_err(BrokerError::from)?;
+        let (keys, mapped_until) = map_keys(&view, &cleaning, key_bytes, pace)?;
+        Ok(Self {
+            partition,
+            groups: groups(&cleaning, mapped_until),
+            next_generation: cleaning.generation,
+            placing: None,
+            more: cleaning.segments.last().is_some_and(|last| mapped_until < last.end),
+            said: !matches!(cleaning.goal, Goal::Compact { .. }),
+            goal: cleaning.goal,
+            done: Cleaned::default(),
+            judge: Judge::new(cleaning, keys, mapped_until),
+            view,
+        })
+    }
+
+    /// Works until the shard is needed: what it is to be asked, `None` when the cleaning is done. Blocks.
+    ///
+    /// # Errors
+    /// See [`CleanError`].
+    pub(super) fn next(&mut self, pace: &mut Pace<'_>) -> Result<Option<Command>, CleanError> {
+        while let Some(group) = self.groups.pop_front() {
+            if let Some(replacement) = self.rewrite(&group, pace)? {
+                return Ok(Some(Command::ReplaceSegments(replacement)));
             }
         }
+        if std::mem::replace(&mut self.said, true) {
+            return Ok(None);
+        }
+        Ok(Some(Command::EndCleaning {
+            partition: self.partition,
+            cleaned_until: self.judge.cleaned_until(),
+            tombstones_due_ms: self.judge.tombstones_due_ms(),
+            more: self.more,
+        }))
+    }
+
+    /// Takes in the shard's answer.
+    ///
+    /// # Errors
+    /// See [`CleanError`].
+    pub(super) fn answered(&mut self, answer: Result<Reply, BrokerError>) -> Result<(), CleanError> {
+        let Some(mut placing) = self.placing.take() else { return Ok(answer.map(drop)?) };
+        match answer {
+            Ok(_) => {
+                self.done.bytes_before += placing.bytes_before;
+                self.done.bytes_after += placing.bytes_after;
+                self.done.dropped += placing.dropped;
+                return Ok(());
+            }
+            Err(BrokerError::Engine(EngineError::StaleCleaning(reason))) => {
+                tracing::debug!(partition = %self.partition, reason, "a cleaning is cut short");
+            }
+            Err(BrokerError::Engine(EngineError::UnknownPartition(_))) => {}
+            // It may have been carried out all the same.
+            Err(error) => return Err(error.into()),
+        }
+        placing.output.kept = false;
+        self.groups.clear();
+        self.said = true;
+        self.done.cut_short = true;
         Ok(())
     }
 
-    /// Writes a group anew, if that changes anything; false when it cannot be put into its place any more.
-    fn clean(
+    /// Writes a group anew, if that changes anything.
+    fn rewrite(
         &mut self,
         group: &[SealedSegment],
-        judge: &mut Judge<'_>,
         pace: &mut Pace<'_>,
-    ) -> Result<bool, CleanError> {
-        let Some((first, last)) = group.first().zip(group.last()) else { return Ok(true) };
+    ) -> Result<Option<Replacement>, CleanError> {
+        let Some((first, last)) = group.first().zip(group.last()) else { return Ok(None) };
         let (from, until) = (first.base_offset, last.end);
+        let (view, judge) = (&self.view, &mut self.judge);
         let mut changes = group.len() > 1;
         if !changes {
-            self.each_batch(from, until, pace, |_, bytes| {
-                changes = judge.judge(bytes).map_err(|cause| self.damaged(bytes, cause))?.changes();
+            each_batch(view, from, until, pace, |_, bytes| {
+                changes = judge.judge(bytes).map_err(|cause| damaged(bytes, cause))?.changes();
                 Ok(!changes)
             })?;
         }
         if !changes {
-            return Ok(true);
+            return Ok(None);
         }
         let mut output = Output {
-            view: &self.view,
+            view: Arc::clone(view),
             next_generation: self.next_generation,
             writing: None,
             finished: Vec::new(),
@@ -210,8 +225,8 @@ impl Pass<'_> {
             kept: false,
         };
         let mut dropped = RoaringTreemap::new();
-        self.each_batch(from, until, pace, |pace, bytes| {
-            let verdict = judge.judge(bytes).map_err(|cause| self.damaged(bytes, cause))?;
+        each_batch(view, from, until, pace, |pace, bytes| {
+            let verdict = judge.judge(bytes).map_err(|cause| damaged(bytes, cause))?;
             dropped.extend(verdict.dropped.iter().copied());
             if !verdict.kept.is_empty() {
                 pace.spend(output.push(bytes.clone(), verdict)?)?;
@@ -219,36 +234,94 @@ impl Pass<'_> {
             Ok(true)
         })?;
         output.end(until)?;
-        let before: u64 = group.iter().map(|segment| segment.bytes).sum();
-        let after: u64 = output.finished.iter().map(|segment| segment.bytes).sum();
         self.next_generation = output.next_generation;
-        let gone = dropped.len();
-        let replacement = Replacement {
-            partition: self.cleaning.partition,
+        let added = output.finished.iter().map(clean_segment).collect();
+        // From now on the shard may know of them.
+        output.kept = true;
+        self.placing = Some(Placing {
+            bytes_before: group.iter().map(|segment| segment.bytes).sum(),
+            bytes_after: output.finished.iter().map(|segment| segment.bytes).sum(),
+            dropped: dropped.len(),
+            output,
+        });
+        Ok(Some(Replacement {
+            partition: self.partition,
             removed: group.iter().map(|segment| (segment.base_offset, segment.generation)).collect(),
-            added: output.finished.iter().map(clean_segment).collect(),
+            added,
             dropped,
-        };
-        match self.broker.call_blocking(Command::ReplaceSegments(replacement)) {
-            Ok(_) => {
-                output.kept = true;
-                self.done.bytes_before += before;
-                self.done.bytes_after += after;
-                self.done.dropped += gone;
-                Ok(true)
-            }
-            Err(BrokerError::Engine(EngineError::StaleCleaning(reason))) => {
-                tracing::debug!(partition = %self.cleaning.partition, reason, "a cleaning is cut short");
-                Ok(false)
-            }
-            Err(BrokerError::Engine(EngineError::UnknownPartition(_))) => Ok(false),
-            Err(error) => {
-                // It may have been carried out all the same.
-                output.kept = true;
-                Err(error.into())
+        }))
+    }
+}
+
+/// Notes the latest offset of each key in what is dirty, as far as there is room for keys; answers how far that is.
+fn map_keys(
+    view: &ReadView,
+    cleaning: &Cleaning,
+    key_bytes: u64,
+    pace: &mut Pace<'_>,
+) -> Result<(KeyMap, u64), CleanError> {
+    let Some((first, last)) = cleaning.segments.first().zip(cleaning.segments.last()) else {
+        return Ok((KeyMap::with_bytes(0), 0));
+    };
+    let Goal::Compact { cleaned_until, .. } = cleaning.goal else {
+        return Ok((KeyMap::with_bytes(0), last.end));
+    };
+    let from = cleaned_until.max(first.base_offset).max(cleaning.log_start);
+    let dirty = cleaning.segments.iter().filter(|segment| segment.end > from);
+    let dirty: u64 = dirty.map(|segment| segment.bytes).sum();
+    // A map that is too small for many small records ends this cleaning early, and the next one goes on.
+    let most = dirty / RECORD_BYTES * 32 + 64 * 1024;
+    let mut keys = KeyMap::with_bytes(key_bytes.min(most));
+    let mut until = last.end;
+    each_batch(view, from, last.end, pace, |_, bytes| {
+        let offset_of = |cause| damaged(bytes, cause);
+        let opened = batch::scan(bytes).map_err(offset_of)?;
+        for record in &opened {
+            let record = record.map_err(offset_of)?;
+            let Some(key) = record.key.filter(|_| record.offset >= from) else { continue };
+            let hash = keys.hash(key);
+            if !keys.insert(hash, record.offset) {
+                until = record.offset;
+                return Ok(false);
             }
         }
+        Ok(true)
+    })?;
+    Ok((keys, until))
+}
+
+fn damaged(bytes: &Bytes, cause: BatchError) -> CleanError {
+    let offset = BatchHeader::parse(bytes).map_or(0, |header| header.base_offset);
+    CleanError::Batch { offset, cause }
+}
+
+/// Hands the batches that begin in `from..until`, or hold `from`, to `each`, for as long as it says so.
+fn each_batch(
+    view: &ReadView,
+    from: u64,
+    until: u64,
+    pace: &mut Pace<'_>,
+    mut each: impl FnMut(&mut Pace<'_>, &Bytes) -> Result<bool, CleanError>,
+) -> Result<(), CleanError> {
+    let mut offset = from;
+    while offset < until {
+        let batches = view.read_stored(offset, READ_BYTES)?;
+        if batches.is_empty() {
+            return Ok(());
+        }
+        for bytes in &batches {
+            let header = BatchHeader::parse(bytes).map_err(|cause| damaged(bytes, cause))?;
+            if header.base_offset >= until {
+                return Ok(());
+            }
+            pace.spend(bytes.len() as u64)?;
+            if !each(pace, bytes)? {
+                return Ok(());
+            }
+            offset = header.last_offset() + 1;
+        }
     }
+    Ok(())
 }
 
 fn clean_segment(segment: &Rewritten) -> CleanSegment {
@@ -261,8 +334,9 @@ fn clean_segment(segment: &Rewritten) -> CleanSegment {
 }
 
 /// The segments that a group becomes: one, unless holes are too long for a batch to stand for them.
-struct Output<'p> {
-    view: &'p Arc<ReadView>,
+#[derive(Debug)]
+struct Output {
+    view: Arc<ReadView>,
     next_generation: u32,
     writing: Option<SegmentRewriter>,
     finished: Vec<Rewritten>,
@@ -272,7 +346,7 @@ struct Output<'p> {
     kept: bool,
 }
 
-impl Output<'_> {
+impl Output {
     /// Takes in a batch of which something is kept; answers the bytes that were written for the one before.
     fn push(&mut self, bytes: Bytes, verdict: Verdict) -> Result<u64, CleanError> {
         let next = verdict.header.base_offset;
@@ -308,7 +382,7 @@ impl Output<'_> {
         let name =
             SegmentName { partition: self.view.partition(), base_offset, generation: self.next_generation };
         self.next_generation += 1;
-        Ok(SegmentRewriter::create(self.view, name)?)
+        Ok(SegmentRewriter::create(&self.view, name)?)
     }
 
     fn finish(&mut self) -> Result<(), CleanError> {
@@ -316,7 +390,7 @@ impl Output<'_> {
             let name = writing.name();
             let finished = writing.finish();
             if finished.is_err() {
-                discard(self.view, &[name]);
+                discard(&self.view, &[name]);
             }
             self.finished.push(finished?);
         }
@@ -330,12 +404,12 @@ impl Output<'_> {
     }
 }
 
-impl Drop for Output<'_> {
+impl Drop for Output {
     fn drop(&mut self) {
         if !self.kept {
             let writing = self.writing.take().map(|writing| writing.name());
             let names: Vec<_> = self.finished.iter().map(|segment| segment.name).chain(writing).collect();
-            discard(self.view, &names);
+            discard(&self.view, &names);
         }
     }
 }

@@ -114,6 +114,10 @@ impl MemDisk {
             }
         }
         state.live = state.durable.clone();
+        // A directory cannot have gone without what is in it.
+        let above = state.live.keys().flat_map(|path| path.ancestors().skip(1)).map(Path::to_path_buf);
+        let above: BTreeSet<PathBuf> = above.collect();
+        state.dirs.extend(above);
         let named: BTreeSet<u64> = state.live.values().copied().collect();
         state.inodes.retain(|inode, _| named.contains(inode));
         // In the order of their numbers, so that a seed always means the same.
@@ -715,6 +719,17 @@ mod tests {
         }
         let all: BTreeSet<_> = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)].into();
         assert_eq!(seen, all);
+    }
+
+    #[test]
+    fn a_file_that_is_back_after_a_cut_has_its_directory() {
+        let (disk, path) = disk();
+        disk.create(&path).unwrap().sync_data().unwrap();
+        disk.sync_dir(Path::new("/d")).unwrap();
+        disk.remove(&path).unwrap();
+        disk.remove_dir(Path::new("/d")).unwrap();
+        disk.power_cut_losing_all();
+        assert_eq!(disk.list(Path::new("/d")).unwrap(), ["f"]);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use super::index::Index;
 use super::view::ReadView;
 use crate::disk::DiskFile;
 use crate::engine::effect::SegmentName;
+use crate::plants::planted;
 
 /// Bytes gathered for one write.
 const WRITE_BYTES: usize = 1024 * 1024;
@@ -91,7 +92,9 @@ impl SegmentRewriter {
         self.write()?;
         let files = &self.view.context().files;
         let finish = || -> io::Result<()> {
-            self.file.sync_data()?;
+            if !planted("swap-before-sync") {
+                self.file.sync_data()?;
+            }
             files.write_index(self.name, &self.index.encode(self.name.base_offset))?;
             // The directories above may be as new as the file.
             let directory = files.directory(self.name.partition);

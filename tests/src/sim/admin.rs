@@ -148,5 +148,5 @@ impl Admin {
 
 /// A topic's kind, from its settings.
 pub(crate) fn standard(allow_written: bool, visibility: Level, retention: bool) -> Kind {
-    Kind::Standard { allow_written, visibility, retention }
+    Kind::Standard { allow_written, visibility, retention, compact: false }
 }

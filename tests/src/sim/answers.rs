@@ -6,9 +6,9 @@ use felucca_broker::engine::error::EngineError;
 use felucca_broker::engine::types::{LeaseId, Level};
 use felucca_broker::log::{ReadError, read_record};
 
+use super::admin::standard;
 use super::client::Asked;
 use super::content::identify;
-use super::history::Kind;
 use super::leases::{Granted, Told, name_of};
 use super::world::{Pending, World};
 
@@ -89,15 +89,22 @@ impl World {
                 }
             }
             (Asked::DeleteRecords { key, .. }, Reply::RecordsDeleted { log_start }) => {
+                self.coverage.meet("log", "records deleted by command");
                 self.history.delete_below(*key, *log_start, true);
             }
             (Asked::CreateTopic { topic }, Reply::Topic(info)) => {
-                let kind =
-                    Kind::Standard { allow_written: false, visibility: Level::Synced, retention: false };
+                let kind = standard(false, Level::Synced, false);
+                let before =
+                    if self.history.deleted.is_empty() { "topic created" } else { "topic created again" };
+                self.coverage.meet("log", before);
                 for partition in 0..info.partitions {
                     let key = felucca_broker::engine::types::PartitionKey { topic: info.id, partition };
                     self.history.add(key, topic, kind.clone());
                 }
+            }
+            (Asked::DeleteTopic { .. }, Reply::Topic(info)) => {
+                self.coverage.meet("log", "topic deleted");
+                self.history.deleted.insert(info.id);
             }
             _ => {}
         }

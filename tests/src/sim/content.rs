@@ -10,6 +10,10 @@ use crate::engine_model::rng::Rng;
 
 /// Of this target many records are large.
 const LARGE: u32 = 3;
+/// The logs of these targets are compacted: some of their records are tombstones.
+const COMPACTED: [u32; 2] = [4, 5];
+/// Says what a tombstone is, which has no value to do so.
+const MADE: &str = "made";
 
 /// A record as the simulation sent it: who made it, and its number there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -22,10 +26,29 @@ pub(crate) struct Identity {
     pub(crate) redrives: u32,
 }
 
+impl Identity {
+    pub(crate) fn key(&self) -> Option<Vec<u8>> {
+        key(self.maker, self.number)
+    }
+
+    pub(crate) fn is_tombstone(&self) -> bool {
+        is_tombstone(self.maker, self.number)
+    }
+}
+
+fn is_tombstone(maker: u32, number: u32) -> bool {
+    let mut rng = Rng::new((u64::from(maker) << 32) ^ u64::from(number) ^ 0xdead);
+    COMPACTED.contains(&(number / PER_TARGET)) && key(maker, number).is_some() && rng.chance(30)
+}
+
+fn name(maker: u32, number: u32) -> Vec<u8> {
+    [maker.to_be_bytes(), number.to_be_bytes()].concat()
+}
+
 /// The value of a record: its name, and so many bytes as follow from it.
 fn value(maker: u32, number: u32) -> Vec<u8> {
     let mut rng = Rng::new((u64::from(maker) << 32) | u64::from(number));
-    let mut value = [maker.to_be_bytes(), number.to_be_bytes()].concat();
+    let mut value = name(maker, number);
     let length = match rng.below(100) {
         // So that segments of this one fill up.
         0..40 if number / PER_TARGET == LARGE => rng.between(2_000, 9_000),
@@ -47,11 +70,18 @@ pub(crate) fn key(maker: u32, number: u32) -> Option<Vec<u8>> {
 /// # Errors
 /// What is wrong with it.
 pub(crate) fn identify(record: &Record) -> Result<Identity, String> {
-    let found = record.value.as_deref().unwrap_or_default();
+    let made = record.headers.iter().find(|header| header.name == MADE);
+    let found = match &record.value {
+        Some(value) => value,
+        None => made.and_then(|header| header.value.as_ref()).ok_or("neither a value nor a name")?,
+    };
     let name = found.first_chunk::<8>().ok_or("the value is too short")?;
     let maker = u32::from_be_bytes([name[0], name[1], name[2], name[3]]);
     let number = u32::from_be_bytes([name[4], name[5], name[6], name[7]]);
-    if found != value(maker, number) {
+    if record.value.is_none() != is_tombstone(maker, number) {
+        return Err(format!("{maker}/{number} is a tombstone, or should be one"));
+    }
+    if record.value.is_some() && found[..] != value(maker, number) {
         return Err(format!("the value of {maker}/{number} has other bytes"));
     }
     if record.key.as_deref() != key(maker, number).as_deref() {
@@ -67,7 +97,12 @@ pub(crate) fn batch(maker: u32, first: u32, count: u32, sequence: Option<u32>, w
         builder = builder.producer(i64::from(maker), 0, sequence.cast_signed());
     }
     for number in first..first + count {
-        let pushed = builder.push(wall_ms, key(maker, number).as_deref(), Some(&value(maker, number)), &[]);
+        let key = key(maker, number);
+        let pushed = if is_tombstone(maker, number) {
+            builder.push(wall_ms, key.as_deref(), None, &[(MADE, Some(&name(maker, number)))])
+        } else {
+            builder.push(wall_ms, key.as_deref(), Some(&value(maker, number)), &[])
+        };
         pushed.expect("a small record");
     }
     builder.finish()

@@ -3,11 +3,15 @@
 use std::collections::BTreeMap;
 
 use felucca_broker::disk::WriteFault;
+use felucca_broker::shard::Stepped;
 
 use super::FAULTS;
 use super::copies::Rotten;
 use super::world::World;
 use crate::engine_model::rng::Rng;
+
+/// As many as a checkpoint takes until it is committed, from its beginning on.
+const CHECKPOINT_STEPS: u64 = 4;
 
 /// Something that goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +20,7 @@ pub(crate) enum Fault {
     PowerCut,
     PowerCutLosingAll,
     PowerFails,
+    PowerCutBehindCheckpoint,
     CrashInRecovery,
     CleanRestart,
     WriteIo,
@@ -42,6 +47,7 @@ const WEIGHTS: &[(u64, Fault)] = &[
     (12, Fault::PowerCut),
     (5, Fault::PowerCutLosingAll),
     (8, Fault::PowerFails),
+    (5, Fault::PowerCutBehindCheckpoint),
     (6, Fault::CrashInRecovery),
     (4, Fault::CleanRestart),
     (3, Fault::WriteIo),
@@ -51,7 +57,7 @@ const WEIGHTS: &[(u64, Fault)] = &[
     (5, Fault::SyncIo),
     (3, Fault::ReadIo),
     (2, Fault::DiskFull),
-    (3, Fault::Rot(Rotten::Journal)),
+    (6, Fault::Rot(Rotten::Journal)),
     (3, Fault::Rot(Rotten::Log)),
     (3, Fault::Rot(Rotten::Checkpoint)),
     (3, Fault::ClockBack),
@@ -71,6 +77,7 @@ impl Fault {
             Self::PowerCut => "power cut",
             Self::PowerCutLosingAll => "power cut losing all",
             Self::PowerFails => "power fails in the middle",
+            Self::PowerCutBehindCheckpoint => "power cut behind a checkpoint",
             Self::CrashInRecovery => "crash in recovery",
             Self::CleanRestart => "clean restart",
             Self::WriteIo => "write: EIO",
@@ -126,6 +133,13 @@ impl World {
             Fault::PowerFails => {
                 self.harmed = true;
                 self.disk.power_fails_after(self.rng.below(20));
+            }
+            Fault::PowerCutBehindCheckpoint => {
+                self.shard_steps("turn", Stepped::turn);
+                for _ in 0..CHECKPOINT_STEPS {
+                    self.shard_steps("checkpoint", Stepped::checkpoint);
+                }
+                self.power_cut(false);
             }
             Fault::CrashInRecovery => self.crash_in_recovery(),
             Fault::CleanRestart => self.stop(),

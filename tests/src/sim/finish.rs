@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
+use std::path::Path;
 
 use felucca_broker::engine::command::Command;
 use felucca_broker::engine::effect::{GroupDescription, Reply};
@@ -39,6 +40,8 @@ impl World {
         assert_eq!(before, self.metrics(), "groups after an orderly stop");
         self.check_letters(&share);
         self.coverage.meet_often("recovery", "offsets passed over after lost power", self.history.gaps);
+        self.coverage.meet_often("log", "tombstone gone", self.history.tombstones_gone);
+        self.coverage.meet_often("log", "records deleted by retention", self.history.expiries);
         before
     }
 
@@ -79,6 +82,7 @@ impl World {
                 self.shard_steps(name, step);
                 worked |= self.written() != before;
             }
+            self.clean();
             if !worked {
                 break;
             }
@@ -127,7 +131,17 @@ impl World {
                 }
             }
         }
-        None
+        self.files_of_deleted_topics()
+    }
+
+    /// The space of what was deleted is free.
+    fn files_of_deleted_topics(&self) -> Option<String> {
+        let deleted: BTreeSet<String> = self.history.deleted.iter().map(ToString::to_string).collect();
+        let is_deleted = |path: &Path| {
+            path.components().any(|part| part.as_os_str().to_str().is_some_and(|name| deleted.contains(name)))
+        };
+        let found = self.disk.files().into_iter().find(|(path, _)| is_deleted(path));
+        found.map(|(path, _)| format!("{} is there, and its topic was deleted", path.display()))
     }
 
     fn unread_by_consumers(&self) -> Option<(PartitionKey, u64)> {

@@ -7,9 +7,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use felucca_broker::engine::types::{Level, Lsn, PartitionKey};
+use felucca_broker::engine::types::{Level, Lsn, PartitionKey, TopicId};
 use felucca_protocol::batch::Record;
 
+use super::compacted::Compacted;
 use super::content::{Identity, LetterSource, identify, letter_source};
 
 /// Makers below are idempotent producers, known to the broker by this number.
@@ -51,6 +52,9 @@ pub(crate) struct Log {
     read_to: u64,
     /// The newest record of each idempotent producer that was read since then.
     newest: BTreeMap<u32, u32>,
+    /// Of a compacted log: all that was read since then; and tombstones that may be in it though nobody was told so.
+    found: BTreeMap<u64, Identity>,
+    unheard: BTreeSet<Identity>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +63,7 @@ pub(crate) enum Kind {
         allow_written: bool,
         visibility: Level,
         retention: bool,
+        compact: bool,
     },
     /// Dead letters of a share group.
     Letters,
@@ -77,6 +82,12 @@ pub(crate) struct History {
     letters: BTreeMap<LetterSource, (PartitionKey, u64)>,
     /// Gaps after lost power.
     pub(crate) gaps: u64,
+    /// How often a log start was raised by retention.
+    pub(crate) expiries: u64,
+    /// Tombstones that went when their time was over.
+    pub(crate) tombstones_gone: u64,
+    /// Topics that were deleted, as was answered.
+    pub(crate) deleted: BTreeSet<TopicId>,
 }
 
 impl History {
@@ -94,6 +105,8 @@ impl History {
             deleted: 0,
             read_to: 0,
             newest: BTreeMap::new(),
+            found: BTreeMap::new(),
+            unheard: BTreeSet::new(),
         });
     }
 
@@ -102,6 +115,12 @@ impl History {
         for identity in identities {
             *self.handed.entry(identity).or_default() += 1;
         }
+    }
+
+    /// The broker was given records for a partition.
+    pub(crate) fn send(&mut self, key: PartitionKey, identities: impl Iterator<Item = Identity>) {
+        let Some(log) = self.logs.get_mut(&key).filter(|log| log.is_compacted()) else { return };
+        log.unheard.extend(identities.filter(Identity::is_tombstone));
     }
 
     /// A reply said that these records are here. `lsn`: the last frame written when it left.
@@ -143,6 +162,7 @@ impl History {
         if let (Some(before), Some(now)) = (entry.checksum, checksum) {
             assert_eq!(before, now, "offset {offset} of {} {key} has other bytes than before", log.topic);
         }
+        log.unheard.remove(&identity);
         entry.checksum = entry.checksum.or(checksum);
         entry.needs = entry.needs.min(needs);
         entry.known = entry.known.min(known);
@@ -183,6 +203,7 @@ impl History {
             "{name} {key} starts at {log_start}, and at most {} was to be deleted",
             log.deletable
         );
+        self.expiries += u64::from(log_start > log.log_start && log_start > log.deletable);
         log.high_watermark = high_watermark;
         log.log_start = log_start;
         if log.read_to < log_start {
@@ -207,12 +228,18 @@ impl History {
         assert!(offset < log.high_watermark, "offset {offset} of {} {key} is above the end", log.topic);
         self.gaps += u64::from(log.skip(key, offset));
         log.read_to = offset + 1;
+        if log.is_compacted() {
+            log.found.insert(offset, identity);
+        }
         if identity.maker < ANONYMOUS && identity.redrives == 0 && log.kind != Kind::Letters {
-            let from_start = log.log_start == 0;
+            let from_start = log.log_start == 0 && !log.is_compacted();
             let before = log.newest.insert(identity.maker, identity.number);
             let number = identity.number;
-            let follows = before
-                .map_or(!from_start || number.is_multiple_of(PER_TARGET), |before| before + 1 == number);
+            let follows = match before {
+                None => !from_start || number.is_multiple_of(PER_TARGET),
+                Some(before) if log.is_compacted() => before < number,
+                Some(before) => before + 1 == number,
+            };
             assert!(follows, "offset {offset} of {} {key}: {identity:?} comes after {before:?}", log.topic);
         }
         let needs = match log.kind {
@@ -254,6 +281,27 @@ impl History {
         }
     }
 
+    /// Up to there nothing more is in a compacted log.
+    pub(crate) fn read_past(&mut self, key: PartitionKey, to: u64) {
+        if let Some(log) = self.logs.get_mut(&key).filter(|log| log.is_compacted()) {
+            log.read_to = log.read_to.max(to);
+        }
+    }
+
+    /// A compacted log is read from its start again, since what is missing from it can be judged in one go only.
+    pub(crate) fn read_anew(&mut self, key: PartitionKey) {
+        if let Some(log) = self.logs.get_mut(&key).filter(|log| log.is_compacted()) {
+            log.begin_reading();
+        }
+    }
+
+    /// Whether a later record of the same key is known.
+    pub(crate) fn is_superseded(&self, key: PartitionKey, offset: u64, identity: &Identity) -> bool {
+        let Some(log) = self.logs.get(&key).filter(|log| log.is_compacted()) else { return false };
+        let slot = identity.key();
+        slot.is_some() && log.entries.range(offset + 1..).any(|(_, entry)| entry.identity.key() == slot)
+    }
+
     /// The broker was asked to delete what is below an offset; `answered`: and did.
     pub(crate) fn delete_below(&mut self, key: PartitionKey, offset: u64, answered: bool) {
         let Some(log) = self.logs.get_mut(&key) else { return };
@@ -271,8 +319,7 @@ impl History {
     /// The process ended. With `Some(synced)` the power was lost: what needed a later frame may be gone.
     pub(crate) fn crash(&mut self, synced: Option<Lsn>) {
         for (key, log) in &mut self.logs {
-            log.read_to = 0;
-            log.newest.clear();
+            log.begin_reading();
             let Some(synced) = synced else { continue };
             log.power_lost = true;
             let gone: Vec<u64> =
@@ -280,6 +327,7 @@ impl History {
             for offset in gone {
                 let Some(entry) = log.entries.remove(&offset) else { continue };
                 log.lost.insert(offset, entry.identity);
+                log.unheard.extend(Some(entry.identity).filter(Identity::is_tombstone));
                 if let Some(places) = self.places.get_mut(&entry.identity) {
                     places.remove(&(*key, offset));
                 }
@@ -297,6 +345,16 @@ impl History {
                 log.topic,
                 log.high_watermark
             );
+            if log.is_compacted() {
+                let known = log.entries.range(log.log_start..).map(|(at, entry)| (*at, entry.identity, true));
+                let found = log.found.range(log.log_start..).map(|(at, identity)| (*at, *identity));
+                let compacted =
+                    Compacted { known: known.collect(), found: found.collect(), unheard: &log.unheard };
+                match compacted.check() {
+                    Ok(gone) => self.tombstones_gone += gone,
+                    Err(wrong) => panic!("{} {key}: {wrong}", log.topic),
+                }
+            }
             for entry in log.entries.values_mut() {
                 entry.needs = 0;
             }
@@ -322,10 +380,20 @@ impl Log {
         self.high_watermark
     }
 
+    pub(crate) fn is_compacted(&self) -> bool {
+        matches!(self.kind, Kind::Standard { compact: true, .. })
+    }
+
+    fn begin_reading(&mut self) {
+        self.read_to = 0;
+        self.newest.clear();
+        self.found.clear();
+    }
+
     /// Nothing was found from where the reader is to an offset. Returns whether that is news.
     fn skip(&mut self, key: PartitionKey, to: u64) -> bool {
         let from = self.read_to;
-        if from >= to {
+        if from >= to || self.is_compacted() {
             return false;
         }
         let missing = self.entries.range(from..to).next();
@@ -339,6 +407,11 @@ impl Log {
         self.gaps.insert((from, to))
     }
 
+    /// The next offset of which something is known.
+    pub(crate) fn known_behind(&self, offset: u64) -> Option<u64> {
+        self.entries.range(offset + 1..).next().map(|(at, _)| *at)
+    }
+
     /// What must be there in a copy of the disk that has lost its power, or of which the journal behind a frame is gone.
     pub(crate) fn must_have(&self, last: Option<Lsn>) -> impl Iterator<Item = (u64, &Entry)> {
         let sure = move |entry: &Entry| entry.needs == 0 && last.is_none_or(|last| entry.known <= last);
@@ -346,6 +419,14 @@ impl Log {
             .range(self.log_start..)
             .filter(move |(_, entry)| sure(entry))
             .map(|(at, entry)| (*at, entry))
+    }
+
+    /// What compaction may have left in such a copy, of which this was found.
+    pub(crate) fn compacted(&self, last: Option<Lsn>, found: BTreeMap<u64, Identity>) -> Compacted<'_> {
+        let sure: BTreeSet<u64> = self.must_have(last).map(|(at, _)| at).collect();
+        let known = self.entries.range(self.log_start..);
+        let known = known.map(|(at, entry)| (*at, entry.identity, sure.contains(at))).collect();
+        Compacted { known, found, unheard: &self.unheard }
     }
 
     /// Whether a record read from a copy of the disk is what is known of it, if anything is.

@@ -258,6 +258,19 @@ impl Leases {
         }
     }
 
+    /// What is leased, for all that anybody could know.
+    pub(crate) fn in_hand(&self, now_ms: u64) -> impl Iterator<Item = &Spot> {
+        let is_leased = move |(group, _, _): &Spot, known: &Known| {
+            known.live.as_ref().is_some_and(|live| {
+                let owner = (group.clone(), live.member.clone());
+                let session_end = self.heard.get(&owner).copied().unwrap_or(0) + self.session_ms;
+                now_ms < live.deadline_ms.min(session_end) && !known.may_have_ended(live.lease)
+            })
+        };
+        let leased = self.known.iter().filter(move |(spot, known)| is_leased(spot, known));
+        leased.map(|(spot, _)| spot).filter(|(group, _, _)| !self.moved.contains(group))
+    }
+
     /// Records that groups said to have dead-lettered, with their partitions.
     pub(crate) fn dead(
         &self,

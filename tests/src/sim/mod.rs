@@ -7,13 +7,15 @@
 //! they speak the engine's commands, not the wire's frames.
 //!
 //! [`world`] holds all of it together and takes the steps; [`faults`] does harm; [`recovery`] ends and starts runs, also on
-//! copies of the disk; [`history`] and [`leases`] remember what has left the broker and must therefore be so; [`finish`]
+//! copies of the disk; [`history`] and [`leases`] remember what has left the broker and must therefore be so, [`compacted`] what may be
+//! missing of it; [`finish`]
 //! heals everything and sees that it comes to rest. A run is determined by its seed and its plan: what a step does is drawn
 //! from the seed and the step's number, so that a failing run can be cut down step by step ([`shrink()`]).
 
 mod admin;
 mod answers;
 mod client;
+mod compacted;
 mod consumer;
 mod content;
 mod copies;

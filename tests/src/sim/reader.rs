@@ -2,10 +2,11 @@
 
 use felucca_broker::broker::Broker;
 use felucca_broker::engine::types::PartitionKey;
-use felucca_broker::log::{ReadError, ReadView};
+use felucca_broker::log::{ReadError, ReadView, read_record};
 use felucca_protocol::batch::{self, BatchHeader};
 
 use super::consumer::Consumer;
+use super::content::identify;
 use super::leases::Spot;
 use super::world::World;
 
@@ -37,7 +38,9 @@ impl World {
     /// Reads on in one partition.
     pub(crate) fn read_some(&mut self) {
         let keys: Vec<PartitionKey> = self.history.logs.keys().copied().collect();
-        if let Some(key) = self.rng.pick(&keys).copied() {
+        if self.rng.chance(20) {
+            self.check_in_hand();
+        } else if let Some(key) = self.rng.pick(&keys).copied() {
             self.read_on(key);
         }
     }
@@ -46,6 +49,7 @@ impl World {
     pub(crate) fn read_everything(&mut self) {
         let keys: Vec<PartitionKey> = self.history.logs.keys().copied().collect();
         for key in keys {
+            self.history.read_anew(key);
             for tries in 0.. {
                 assert!(tries < 10_000, "{key} cannot be read to its end");
                 if self.read_on(key) {
@@ -77,6 +81,9 @@ impl World {
                         self.read_record(key, &record);
                     }
                 }
+                // Compacted batches stand for what was behind them, too.
+                let last = batches.last().and_then(|batch| BatchHeader::parse(batch).ok());
+                self.history.read_past(key, last.map_or(from, |header| header.last_offset() + 1));
                 false
             }
             Err(ReadError::Io { .. }) => {
@@ -96,6 +103,29 @@ impl World {
             let spot: Spot = (source.group.clone(), at, source.offset);
             self.history.letter(source, key, record.offset);
             self.leases.buried(spot);
+        }
+    }
+
+    /// What share groups have in hand can be read, whatever was deleted or compacted meanwhile.
+    pub(crate) fn check_in_hand(&mut self) {
+        let now_ms = self.monotonic_ms();
+        let Some(broker) = &self.broker else { return };
+        for (group, key, offset) in self.leases.in_hand(now_ms) {
+            let Ok(view) = broker.view(*key) else { continue };
+            let record = match read_record(&view, *offset) {
+                Ok(Some(record)) => record,
+                Err(ReadError::Io { .. }) => continue,
+                other => panic!("{group} has {offset} of {key} in hand, which is not there: {other:?}"),
+            };
+            let identity =
+                identify(&record).unwrap_or_else(|wrong| panic!("{group} has {offset} of {key}: {wrong}"));
+            self.history.shown(*key, *offset, identity);
+            if self.history.is_superseded(*key, *offset, &identity) {
+                self.coverage.meet("log", "in hand and superseded");
+            }
+            if *offset < view.log_start() {
+                self.coverage.meet("log", "in hand below the log start");
+            }
         }
     }
 
@@ -121,8 +151,13 @@ impl World {
     }
 }
 
-/// The records of a view from an offset on, those behind damage too: what was found, and how often something was reported.
-pub(crate) fn read_around_damage(view: &ReadView, mut each: impl FnMut(Result<&batch::Record, u64>)) {
+/// The records of a view, those behind damage too: what was found, and offsets at which damage was reported. `next`: where
+/// to go on behind an offset that cannot be read.
+pub(crate) fn read_around_damage(
+    view: &ReadView,
+    next: impl Fn(u64) -> Option<u64>,
+    mut each: impl FnMut(Result<&batch::Record, u64>),
+) {
     let mut at = view.log_start();
     let end = view.high_watermark();
     while at < end {
@@ -144,7 +179,8 @@ pub(crate) fn read_around_damage(view: &ReadView, mut each: impl FnMut(Result<&b
             }
             Err(_) => {
                 each(Err(at));
-                at += 1;
+                let Some(next) = next(at) else { return };
+                at = next;
             }
         }
     }

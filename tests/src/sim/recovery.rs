@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use felucca_broker::broker::BrokerLimits;
+use felucca_broker::cleaner::SteppedCleaner;
 use felucca_broker::engine::command::Command;
 use felucca_broker::engine::effect::Reply;
 use felucca_broker::engine::types::PartitionKey;
@@ -15,6 +16,9 @@ use super::world::{DATA, World};
 /// Bytes of requests that the front door admits; the world keeps within them.
 const IN_FLIGHT_BYTES: u32 = 1 << 20;
 
+/// More than there are keys.
+const CLEANER_KEY_BYTES: u64 = 64 << 10;
+
 pub(crate) fn limits() -> BrokerLimits {
     let batch = BatchLimits { max_batch_bytes: 1 << 20, max_record_bytes: 1 << 20, max_headers: 100 };
     BrokerLimits { batch, session_timeout: std::time::Duration::from_secs(4) }
@@ -25,7 +29,7 @@ impl World {
     fn end(&mut self, shard: Stepped) {
         (self.safe, self.ended_ms) = (shard.synced(), shard.monotonic_ms());
         drop(shard);
-        self.broker = None;
+        (self.broker, self.cleaner) = (None, None);
         self.forget_mail();
         self.network.broker_died(&mut self.rng);
     }
@@ -67,6 +71,7 @@ impl World {
     pub(crate) fn stop(&mut self) {
         let Some(shard) = self.shard.take() else { return };
         (self.safe, self.ended_ms) = (shard.synced(), shard.monotonic_ms());
+        self.cleaner = None;
         shard.stop();
         // What it says last it says of what it has written.
         self.hear_broker();
@@ -117,7 +122,13 @@ impl World {
             }
         };
         self.note(|| format!("started: frame {}, epoch {}", shard.written(), shard.engine().boot_epoch()));
-        self.broker = Some(shard.broker(IN_FLIGHT_BYTES, limits()));
+        let broker = shard.broker(IN_FLIGHT_BYTES, limits());
+        for topic in &self.history.deleted {
+            let key = PartitionKey { topic: *topic, partition: 0 };
+            assert!(broker.view(key).is_err(), "{topic} was deleted, and is back");
+        }
+        self.cleaner = Some(SteppedCleaner::new(broker.clone(), CLEANER_KEY_BYTES));
+        self.broker = Some(broker);
         self.told.split_off(&shard.written());
         self.told.insert(shard.written(), shard.written() - 1);
         self.leases.booted(shard.monotonic_ms());
@@ -137,6 +148,7 @@ impl World {
     pub(crate) fn look_at_everything(&mut self) {
         self.read_everything();
         self.history.check_complete();
+        self.check_in_hand();
         let groups: Vec<String> = self.committed.keys().map(|(group, _)| group.clone()).collect();
         for group in groups {
             let command = Command::FetchOffsets { group: group.clone(), partitions: Vec::new() };

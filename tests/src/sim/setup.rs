@@ -21,11 +21,17 @@ use super::worker::Worker;
 use super::world::World;
 use crate::engine_model::rng::Rng;
 
+/// What the consumer group reads.
+const READ: &[&str] = &["plain", "fast", "short", "keyed", "mixed"];
+/// What each share group works on.
+const WORKED_ON: [&[&str]; 3] = [&["plain"], &["fast", "keyed"], &["plain", "short", "mixed"]];
+
 /// Storage that has much to do with little data.
 pub(crate) fn storage(rng: &mut Rng, environment: Environment) -> StorageOptions {
     let engine = EngineSettings {
         segment_bytes: 64 << 10,
-        retention_interval: Duration::from_secs(2),
+        retention_interval: Duration::from_secs(1),
+        max_pinned_bytes: [1, 4 << 10, 1 << 30][rng.below(3) as usize],
         session_timeout: Duration::from_secs(4),
         max_leases: [6, 100_000][usize::from(rng.chance(80))],
         max_parked_per_slot: [1, 2, 1_000][rng.below(3) as usize],
@@ -78,6 +84,7 @@ impl World {
             standard(true, visibility, false),
         );
         self.create("short", 1, &[("retention.ms", "1m")], standard(false, Level::Synced, true));
+        self.create_compacted(visibility);
         let done = self.create("done", 1, &[], standard(false, Level::Synced, false));
         self.done = PartitionKey { topic: done, partition: 0 };
         self.create_groups();
@@ -86,10 +93,38 @@ impl World {
             self.add_client(Role::Producer(producer));
         }
         for member in ["ann", "bob"] {
-            self.add_client(Role::Consumer(Consumer::new("readers", member, &["plain", "fast", "short"])));
+            self.add_client(Role::Consumer(Consumer::new("readers", member, READ)));
         }
         self.add_client(Role::Admin);
         self.network.slow = [0, 20, 60][self.rng.below(3) as usize];
+    }
+
+    /// Their places among the targets are known in `content`.
+    fn create_compacted(&mut self, visibility: Level) {
+        let keep = ["0", "2000"][self.rng.below(2) as usize];
+        let mut config = vec![
+            ("cleanup.policy", "compact"),
+            ("min.cleanable.dirty.ratio", "0"),
+            ("delete.retention.ms", keep),
+            ("segment.ms", "1s"),
+            ("allow-written", "true"),
+        ];
+        config.extend((visibility == Level::Written).then_some(("visibility", "written")));
+        let kind = |allow_written, visibility, retention| Kind::Standard {
+            allow_written,
+            visibility,
+            retention,
+            compact: true,
+        };
+        self.create("keyed", 1, &config, kind(true, visibility, false));
+        let config = [
+            ("cleanup.policy", "compact,delete"),
+            ("retention.ms", "1m"),
+            ("min.cleanable.dirty.ratio", "0.2"),
+            ("delete.retention.ms", keep),
+            ("segment.ms", "1s"),
+        ];
+        self.create("mixed", 1, &config, kind(false, Level::Synced, true));
     }
 
     fn add_client(&mut self, role: Role) {
@@ -112,7 +147,7 @@ impl World {
             if name != "done" {
                 self.targets.push(Target { key, allow_written });
             }
-            if name == "short" || name == "done" {
+            if ["short", "done", "keyed", "mixed"].contains(&name) {
                 self.admin.deletable.push((name.to_owned(), key));
             }
         }
@@ -122,7 +157,7 @@ impl World {
     fn create_groups(&mut self) {
         let outcomes = ["dead-letter", "hold", "discard"];
         let first = self.rng.below(3) as usize;
-        for (at, topics) in [&["plain"][..], &["fast"][..], &["plain", "short"][..]].into_iter().enumerate() {
+        for (at, topics) in WORKED_ON.iter().enumerate() {
             let group = format!("work{at}");
             let ordered = self.rng.chance(50);
             let on_exhausted = outcomes[(first + at) % 3];

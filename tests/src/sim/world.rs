@@ -8,12 +8,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use felucca_broker::broker::Broker;
+use felucca_broker::cleaner::{CleanError, Step, SteppedCleaner};
 use felucca_broker::disk::{Disk, MemDisk};
+use felucca_broker::engine::cleaning::Goal;
 use felucca_broker::engine::command::{Command, LeaseRef};
 use felucca_broker::engine::effect::Delivery;
 use felucca_broker::engine::error::EngineError;
 use felucca_broker::engine::types::{Lsn, PartitionKey, SubscriptionId, TopicId};
 use felucca_broker::environment::Environment;
+use felucca_broker::log::ReadError;
 use felucca_broker::shard::{
     Answer, Did, Origin, Responder, Sink, Stepped, StorageOptions, Submission, Token,
 };
@@ -103,6 +106,7 @@ pub(crate) struct World {
     pub(crate) options: StorageOptions,
     pub(crate) shard: Option<Stepped>,
     pub(crate) broker: Option<Broker>,
+    pub(crate) cleaner: Option<SteppedCleaner>,
     /// The last frame that is safe on the device, as of the last run.
     pub(crate) safe: Lsn,
     /// The engine's time when the last run ended.
@@ -157,6 +161,7 @@ impl World {
             options,
             shard: None,
             broker: None,
+            cleaner: None,
             safe: 0,
             ended_ms: 0,
             told: BTreeMap::new(),
@@ -229,24 +234,29 @@ impl World {
 
     fn act(&mut self) {
         match self.rng.below(100) {
-            0..25 => {
+            0..24 => {
                 let client = self.rng.below(self.clients.len() as u64) as usize;
                 self.client_acts(client);
             }
-            25..42 => self.some_arrive_up(),
-            42..52 => self.some_arrive_down(),
-            52..67 => self.shard_steps("turn", Stepped::turn),
-            67..74 => self.shard_steps("sync", Stepped::sync),
-            74..81 => self.shard_steps("release", Stepped::release),
-            81..86 => self.shard_steps("checkpoint", Stepped::checkpoint),
-            86..89 => self.shard_steps("segments", Stepped::write_segments),
-            89..90 => {
+            24..40 => self.some_arrive_up(),
+            40..50 => self.some_arrive_down(),
+            50..64 => self.shard_steps("turn", Stepped::turn),
+            64..71 => self.shard_steps("sync", Stepped::sync),
+            71..78 => self.shard_steps("release", Stepped::release),
+            78..83 => self.shard_steps("checkpoint", Stepped::checkpoint),
+            83..86 => self.shard_steps("segments", Stepped::write_segments),
+            86..87 => {
                 if let Some(shard) = &mut self.shard {
                     shard.prepare_files();
                 }
             }
-            90..94 => self.shard_steps("read", Stepped::read),
-            94..97 => self.read_some(),
+            87..91 => self.shard_steps("read", Stepped::read),
+            91..94 => self.read_some(),
+            94..97 => {
+                for _ in 0..self.rng.between(1, 3) {
+                    self.clean();
+                }
+            }
             _ => {
                 let ms = if self.rng.chance(20) { self.rng.between(200, 2_000) } else { self.rng.below(60) };
                 self.note(|| format!("{ms} ms pass"));
@@ -272,6 +282,32 @@ impl World {
             self.note(|| format!("{name} at {ms}: {written} written, {synced} synced"));
         }
         self.hear_broker();
+    }
+
+    /// The cleaner goes on.
+    pub(crate) fn clean(&mut self) {
+        let Some(cleaner) = &mut self.cleaner else { return };
+        match cleaner.step() {
+            Ok(Step::Nothing | Step::Work) => {}
+            Ok(Step::Cleaned(goal, done)) => {
+                self.note(|| format!("cleaned: {goal:?} {done:?}"));
+                let what = if goal == Goal::Survivors {
+                    "pinned records copied aside"
+                } else {
+                    "records compacted away"
+                };
+                self.coverage.meet_often("log", what, done.dropped);
+                self.coverage.meet_often("log", "cleaning cut short", u64::from(done.cut_short));
+            }
+            Err(CleanError::Read(ReadError::Corrupt { reason, .. })) => {
+                panic!("the cleaner finds damage: {reason}")
+            }
+            Err(error @ CleanError::Batch { .. }) => panic!("the cleaner finds damage: {error}"),
+            Err(error) => {
+                self.note(|| format!("not cleaned: {error}"));
+                self.coverage.meet("log", "cleaning failed");
+            }
+        }
     }
 
     /// What the broker has said goes on its way.
@@ -411,6 +447,9 @@ impl World {
         pending.handed_ms = monotonic_ms;
         match &pending.asked {
             Asked::Append { sent, .. } => {
+                for sent in sent {
+                    self.history.send(sent.partition, sent.identities());
+                }
                 let records = sent.iter().flat_map(super::client::Sent::identities);
                 self.history.hand(records.filter(|identity| identity.maker >= ANONYMOUS));
             }
