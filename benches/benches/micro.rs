@@ -32,7 +32,7 @@ fn scenarios(criterion: &mut Criterion) {
 }
 
 fn journal(directory: &Path) -> Journal {
-    let replay = &mut |_, _: &[u8], _| Ok::<_, Infallible>(());
+    let replay = &mut |_: u64, _: &[u8], _: Vec<Bytes>| Ok::<_, Infallible>(());
     Journal::recover(Arc::new(RealDisk), directory, JournalOptions::default(), 0, replay).expect("a journal")
 }
 
@@ -94,7 +94,9 @@ fn log(directory: &Path, tail_bytes: usize, batches: u64, bytes: &Bytes) -> (Seg
             base_offset: index * BATCH,
             last_offset: (index + 1) * BATCH - 1,
             max_timestamp: 1_700_000_000_000,
+            length: assigned.len() as u64,
             bytes: assigned.freeze(),
+            stored: false,
         }
     };
     writer.append((0..batches).map(write).collect()).expect("a write");

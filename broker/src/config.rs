@@ -134,6 +134,11 @@ pub static KEYS: &[Key] = &[
         "Bytes written and not yet synced before producers wait",
     ),
     key(
+        "journal.reference-bytes",
+        Kind::Bytes(|s| &mut s.journal.reference_bytes, ByteSize::kib(1), ByteSize::gib(1)),
+        "Batches from this size on may be written to their segment only",
+    ),
+    key(
         "journal.sync-interval",
         Kind::Time(|s| &mut s.journal.sync_interval, MILLI, Duration::from_secs(10)),
         "Longest time between syncs while anything is unsynced",

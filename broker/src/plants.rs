@@ -21,6 +21,11 @@ pub const PLANTS: &[Plant] = &[
     plant_of("show-before-sync", "records are visible before they are synced"),
     plant_of("apply-failed-write", "what a failed write should have stored is shown and answered"),
     plant_of("ignore-failed-sync", "a failed sync counts as a sync"),
+    plant_of(
+        "reply-before-segment-sync",
+        "a frame counts as synced before the segments that it refers to are",
+    ),
+    plant_of("skip-reference-check", "what unsynced frames refer to is not checked at a start"),
     plant_of("skip-frame-crc", "the content of journal frames is not checked"),
     plant_of("cut-the-middle", "damage in the middle of the journal is cut like a torn tail"),
     plant_of("trust-page-cache", "recovery serves unsynced frames without writing them anew"),

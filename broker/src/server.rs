@@ -24,7 +24,8 @@ use crate::listener::native::{NativeListener, NativeSettings};
 use crate::log::{LogOptions, ScrubOptions};
 use crate::settings::ServerSettings;
 use crate::shard::{
-    self, CheckpointOptions, Gate, RoomOptions, Running, ShardOptions, StartError, StorageOptions,
+    self, CheckpointOptions, Gate, ReferenceOptions, RoomOptions, Running, ShardOptions, StartError,
+    StorageOptions,
 };
 
 /// Locked by the process that uses the directory; holds its process id, for messages only.
@@ -226,7 +227,13 @@ fn storage_options(settings: &ServerSettings) -> StorageOptions {
             open_files: settings.open_files as usize,
             ..LogOptions::default()
         },
-        shard: ShardOptions { max_unsynced_bytes: settings.journal.max_unsynced_bytes.0 },
+        shard: ShardOptions {
+            max_unsynced_bytes: settings.journal.max_unsynced_bytes.0,
+            reference: ReferenceOptions {
+                batch_bytes: settings.journal.reference_bytes.0,
+                ..ReferenceOptions::default()
+            },
+        },
         checkpoint: CheckpointOptions {
             interval: settings.checkpoint.interval,
             journal_bytes: settings.checkpoint.journal_bytes.0,

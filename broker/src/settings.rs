@@ -85,6 +85,8 @@ pub struct JournalSettings {
     pub file_bytes: ByteSize,
     /// Written and not yet synced; beyond it producers wait.
     pub max_unsynced_bytes: ByteSize,
+    /// Batches from this size on may be written to their segment only, where the journal refers to them.
+    pub reference_bytes: ByteSize,
     /// While anything is unsynced, a sync begins at least this often.
     pub sync_interval: Duration,
 }
@@ -186,6 +188,7 @@ impl Default for ServerSettings {
                 first_file_bytes: ByteSize::mib(4),
                 file_bytes: ByteSize::mib(64),
                 max_unsynced_bytes: ByteSize::mib(64),
+                reference_bytes: ByteSize::kib(64),
                 sync_interval: Duration::from_millis(50),
             },
             segment: SegmentSettings { bytes: ByteSize::mib(256) },

@@ -1,4 +1,5 @@
-//! No `synced` reply leaves before its `fdatasync` has returned: seen from outside, in the system calls of a real broker.
+//! No `synced` reply leaves before its `fdatasync` has returned, of the journal and of a segment that it refers to: seen from
+//! outside, in the system calls of a real broker.
 //! Needs `strace`.
 
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
@@ -12,13 +13,15 @@ use felucca_tests::process::BrokerProcess;
 use tokio::time::sleep;
 
 const VALUE_BYTES: usize = 3000;
+/// So much that the journal only refers to it.
+const LARGE_BYTES: usize = 400_000;
 const RECORDS: usize = 50;
 
 /// One system call as it began or ended, in the order of the trace.
 #[derive(Debug, PartialEq, Eq)]
 enum Call {
-    /// A write of a record into the journal has returned.
-    JournalWrite,
+    /// A write of a record has returned.
+    Write,
     SyncBegan,
     SyncEnded,
     /// Bytes begin to leave to a client.
@@ -26,11 +29,11 @@ enum Call {
 }
 
 /// Parses `strace -f` lines: `PID name(args) = result`, or split into `PID name(args <unfinished ...>` and
-/// `PID <... name resumed>args) = result`.
-fn parse(trace: &str) -> Vec<Call> {
+/// `PID <... name resumed>args) = result`. Of writes and syncs those count that are of files in `place`.
+fn parse(trace: &str, place: &str) -> Vec<Call> {
     let mut calls = Vec::new();
-    // Threads whose unfinished write goes to the journal: the line that resumes it does not name the file.
-    let mut into_journal = HashSet::new();
+    // Threads whose unfinished call is of such a file: the line that resumes it does not name the file.
+    let mut there = HashSet::new();
     for line in trace.lines() {
         let Some((thread, call)) = line.split_once(|c: char| c.is_ascii_whitespace()) else { continue };
         let call = call.trim_start();
@@ -39,19 +42,20 @@ fn parse(trace: &str) -> Vec<Call> {
         let name = call.trim_start_matches("<... ").split(['(', ' ']).next().unwrap_or_default();
         match name {
             "pwritev" | "pwritev2" | "pwrite64" => {
-                if begins && call.contains("/journal/") {
-                    into_journal.insert(thread);
+                if begins && call.contains(place) {
+                    there.insert(thread);
                 }
                 let written = call.rsplit("= ").next().and_then(|result| result.trim().parse::<usize>().ok());
-                if ends && into_journal.remove(thread) && written.is_some_and(|bytes| bytes >= VALUE_BYTES) {
-                    calls.push(Call::JournalWrite);
+                if ends && there.remove(thread) && written.is_some_and(|bytes| bytes >= VALUE_BYTES) {
+                    calls.push(Call::Write);
                 }
             }
             "fdatasync" | "fsync" => {
-                if begins {
+                if begins && call.contains(place) {
+                    there.insert(thread);
                     calls.push(Call::SyncBegan);
                 }
-                if ends {
+                if ends && there.remove(thread) {
                     assert!(call.ends_with("= 0"), "{line}");
                     calls.push(Call::SyncEnded);
                 }
@@ -71,7 +75,7 @@ fn too_early(calls: &[Call]) -> (usize, usize) {
     let (mut early, mut sends) = (0, 0);
     for call in calls {
         match call {
-            Call::JournalWrite => written += 1,
+            Call::Write => written += 1,
             Call::SyncBegan => covered_by_running = written,
             Call::SyncEnded => synced = synced.max(covered_by_running),
             Call::Send => {
@@ -83,7 +87,14 @@ fn too_early(calls: &[Call]) -> (usize, usize) {
     (early, sends)
 }
 
-async fn trace(level: Level, config: &[(&str, &str)], dir: &Path) -> Vec<Call> {
+async fn trace(
+    level: Level,
+    config: &[(&str, &str)],
+    value_bytes: usize,
+    place: &str,
+    dir: &Path,
+) -> Vec<Call> {
+    std::fs::create_dir_all(dir).unwrap();
     let file = dir.join("trace");
     let strace = ["strace", "-f", "-yy", "-o", file.to_str().unwrap()];
     let filter = ["-e", "trace=pwritev,pwritev2,pwrite64,fdatasync,fsync,sendto,sendmsg,writev,write", "--"];
@@ -99,21 +110,24 @@ async fn trace(level: Level, config: &[(&str, &str)], dir: &Path) -> Vec<Call> {
     sleep(Duration::from_millis(300)).await;
     let before = std::fs::read_to_string(&file).unwrap().len();
     for _ in 0..RECORDS {
-        producer.send(Record::new("orders", vec![b'x'; VALUE_BYTES])).await.unwrap();
+        producer.send(Record::new("orders", vec![b'x'; value_bytes])).await.unwrap();
     }
     let trace = std::fs::read_to_string(&file).unwrap();
-    parse(&trace[before..])
+    parse(&trace[before..], place)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_synced_reply_leaves_before_its_fdatasync_returned() {
     let dir = tempfile::tempdir().unwrap();
-    let calls = trace(Level::Synced, &[], dir.path()).await;
-    let writes = calls.iter().filter(|call| **call == Call::JournalWrite).count();
-    let (early, sends) = too_early(&calls);
-    assert!(writes >= RECORDS, "{writes} journal writes seen: {calls:?}");
-    assert!(sends >= RECORDS, "{sends} sends seen: {calls:?}");
-    assert_eq!(early, 0, "{calls:?}");
+    for (value_bytes, place) in [(VALUE_BYTES, "/journal/"), (LARGE_BYTES, "/log/")] {
+        let calls =
+            trace(Level::Synced, &[], value_bytes, place, &dir.path().join(value_bytes.to_string())).await;
+        let writes = calls.iter().filter(|call| **call == Call::Write).count();
+        let (early, sends) = too_early(&calls);
+        assert!(writes >= RECORDS, "{writes} writes in {place} seen: {calls:?}");
+        assert!(sends >= RECORDS, "{sends} sends seen: {calls:?}");
+        assert_eq!(early, 0, "{calls:?}");
+    }
 }
 
 /// The same eyes on the level that does not wait: it shows that they would see an early reply.
@@ -121,7 +135,7 @@ async fn no_synced_reply_leaves_before_its_fdatasync_returned() {
 async fn a_written_reply_does_not_wait() {
     let dir = tempfile::tempdir().unwrap();
     let config = [("allow-written", "true"), ("visibility", "written")];
-    let calls = trace(Level::Written, &config, dir.path()).await;
+    let calls = trace(Level::Written, &config, VALUE_BYTES, "/journal/", dir.path()).await;
     let (early, sends) = too_early(&calls);
     assert!(sends >= RECORDS && early > RECORDS / 2, "{early} of {sends}: {calls:?}");
 }

@@ -26,8 +26,8 @@ use crate::environment::Environment;
 use crate::journal::JournalOptions;
 use crate::log::{LogOptions, ReadError, ReadView, ScrubOptions};
 use crate::shard::{
-    self, Answer, CheckpointOptions, Gate, Origin, Responder, RoomOptions, Running, ShardOptions, Sink,
-    StorageOptions, Submission, Token,
+    self, Answer, CheckpointOptions, Gate, Origin, ReferenceOptions, Responder, RoomOptions, Running,
+    ShardOptions, Sink, StorageOptions, Submission, Token,
 };
 
 const TOPIC: TopicId = TopicId([7; 16]);
@@ -48,7 +48,7 @@ fn storage() -> StorageOptions {
             ..JournalOptions::default()
         },
         log: LogOptions { linger: Duration::from_millis(1), ..LogOptions::default() },
-        shard: ShardOptions { max_unsynced_bytes: 16 << 20 },
+        shard: ShardOptions { max_unsynced_bytes: 16 << 20, reference: ReferenceOptions::default() },
         checkpoint: CheckpointOptions { interval: Duration::from_millis(50), journal_bytes: 256 << 10 },
         room: RoomOptions::default(),
         scrub: ScrubOptions::default(),

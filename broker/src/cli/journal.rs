@@ -41,6 +41,8 @@ struct Batch {
     base_offset: u64,
     records: u32,
     bytes: usize,
+    /// Only its header is in the frame.
+    in_segment: bool,
 }
 
 impl Journal {
@@ -92,8 +94,13 @@ fn batches_of(frame: &DumpedFrame) -> Vec<Batch> {
     let headers = frame.batches.iter().map(|bytes| (BatchHeader::parse(bytes), bytes.len()));
     headers
         .map(|(header, bytes)| match header {
-            Ok(header) => Batch { base_offset: header.base_offset, records: header.record_count, bytes },
-            Err(_) => Batch { base_offset: 0, records: 0, bytes },
+            Ok(header) => Batch {
+                base_offset: header.base_offset,
+                records: header.record_count,
+                bytes: header.length as usize,
+                in_segment: bytes < header.length as usize,
+            },
+            Err(_) => Batch { base_offset: 0, records: 0, bytes, in_segment: false },
         })
         .collect()
 }
@@ -153,8 +160,12 @@ fn write_text(out: &mut impl Write, item: &DumpItem, events: bool) -> io::Result
                     writeln!(out, "              {event}")?;
                 }
                 for batch in batches_of(frame) {
-                    let Batch { base_offset, records, bytes } = batch;
-                    writeln!(out, "              batch at {base_offset}: {records} records, {bytes} bytes")?;
+                    let Batch { base_offset, records, bytes, in_segment } = batch;
+                    let place = if in_segment { " in its segment" } else { "" };
+                    writeln!(
+                        out,
+                        "              batch at {base_offset}: {records} records, {bytes} bytes{place}"
+                    )?;
                 }
             }
             Ok(())

@@ -129,7 +129,8 @@ impl Engine {
         let high_watermark = partition.end;
         let may_show = partition.may_show(high_watermark);
         self.desk.dirty.insert(super::stage::RowKey::Partition(key));
-        out.events.push(Event { kind: Some(Kind::Appended(event::Appended { topic_id, partition: index })) });
+        let appended = event::Appended { topic_id, partition: index, place: None };
+        out.events.push(Event { kind: Some(Kind::Appended(appended)) });
         out.batches.push(bytes);
         out.segment_writes.push(write);
         let level = config.visibility.max(may_show);

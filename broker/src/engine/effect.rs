@@ -308,8 +308,12 @@ pub struct SegmentWrite {
     pub base_offset: u64,
     pub last_offset: u64,
     pub max_timestamp: i64,
-    /// The whole batch with its offset assigned.
+    /// Bytes of the whole batch.
+    pub length: u64,
+    /// The whole batch with its offset assigned; its beginning only, in the replay of a frame that refers to the rest.
     pub bytes: Bytes,
+    /// It stands there already.
+    pub stored: bool,
 }
 
 /// A change of what readers see, applied when the frame is written, before anything of it is shown.

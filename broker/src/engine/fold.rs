@@ -382,7 +382,19 @@ impl Engine {
                 partition.end, header.base_offset
             ));
         }
+        let whole = bytes.len() == header.length as usize;
         let write = partition.append(&header, bytes, wall_ms, max_producers);
+        let place = event::BatchPlace {
+            base_offset: write.segment.base_offset,
+            generation: write.segment.generation,
+            position: write.position,
+        };
+        if !whole && event.place != Some(place) {
+            return corrupt(format!(
+                "a batch of {key} stands at {place:?}, its frame says {:?}",
+                event.place
+            ));
+        }
         out.segment_writes.push(write);
         self.desk.dirty.insert(RowKey::Partition(key));
         Ok(())

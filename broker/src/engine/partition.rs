@@ -195,7 +195,7 @@ impl Partition {
         max_producers: u64,
     ) -> SegmentWrite {
         let last_offset = header.base_offset + u64::from(header.last_offset_delta);
-        let length = bytes.len() as u64;
+        let length = u64::from(header.length);
         let mut position = 0;
         if let Some(active) = self.segments.last_mut() {
             position = active.bytes;
@@ -215,6 +215,8 @@ impl Partition {
             base_offset: header.base_offset,
             last_offset,
             max_timestamp: header.max_timestamp,
+            length,
+            stored: (bytes.len() as u64) < length,
             bytes,
         }
     }

@@ -11,7 +11,8 @@
 //!     36    4  length of the events in bytes
 //!     40    4  number of batches
 //!     44    1  kind: 1 data, 2 mark
-//!     45   19  zero
+//!     45    1  refers: 1 = of some batches only the beginning is here, and the rest lies elsewhere; else 0
+//!     46   18  zero
 //!     64  4×n  length of each batch in bytes
 //!      …       events, then the batches one after the other
 //!      …       zeros up to the next multiple of 512 bytes, not covered by a checksum
@@ -55,6 +56,8 @@ pub(super) struct FrameHeader {
     pub(super) length: u64,
     pub(super) events_length: u32,
     pub(super) batch_count: u32,
+    /// Of some batches only the beginning is here.
+    pub(super) refers: bool,
     body_checksum: u32,
 }
 
@@ -98,17 +101,18 @@ pub(super) fn padded(length: u64) -> u64 {
     length.next_multiple_of(SECTOR)
 }
 
+/// What a header says besides what follows from the content.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Label {
+    pub(super) kind: FrameKind,
+    pub(super) lsn: Lsn,
+    pub(super) synced: Lsn,
+    pub(super) refers: bool,
+}
+
 /// Writes the header and the table of batch lengths into `out`, replacing its content; events and batches follow
 /// in the file as they are. The frame's length must fit 32 bits.
-pub(super) fn encode(
-    out: &mut Vec<u8>,
-    place: Place,
-    kind: FrameKind,
-    lsn: Lsn,
-    synced: Lsn,
-    events: &[u8],
-    batches: &[Bytes],
-) {
+pub(super) fn encode(out: &mut Vec<u8>, place: Place, label: Label, events: &[u8], batches: &[Bytes]) {
     out.clear();
     out.resize(HEADER_BYTES as usize, 0);
     let mut body = place.hasher();
@@ -122,15 +126,16 @@ pub(super) fn encode(
     }
     out[0..8].copy_from_slice(&place.tag());
     out[12..16].copy_from_slice(&body.finalize().to_be_bytes());
-    out[16..24].copy_from_slice(&lsn.to_be_bytes());
-    out[24..32].copy_from_slice(&synced.to_be_bytes());
+    out[16..24].copy_from_slice(&label.lsn.to_be_bytes());
+    out[24..32].copy_from_slice(&label.synced.to_be_bytes());
     out[32..36].copy_from_slice(&(length(events, batches) as u32).to_be_bytes());
     out[36..40].copy_from_slice(&(events.len() as u32).to_be_bytes());
     out[40..44].copy_from_slice(&(batches.len() as u32).to_be_bytes());
-    out[44] = match kind {
+    out[44] = match label.kind {
         FrameKind::Data => DATA,
         FrameKind::Mark => MARK,
     };
+    out[45] = u8::from(label.refers);
     let checksum = header_checksum(place, out);
     out[8..12].copy_from_slice(&checksum.to_be_bytes());
 }
@@ -160,6 +165,7 @@ impl FrameHeader {
             length: u64::from(read_u32(bytes, 32)),
             events_length: read_u32(bytes, 36),
             batch_count: read_u32(bytes, 40),
+            refers: bytes[45] != 0,
             body_checksum: read_u32(bytes, 12),
         };
         let least = HEADER_BYTES + u64::from(header.events_length) + 4 * u64::from(header.batch_count);
@@ -209,10 +215,12 @@ pub(super) fn read_u64(bytes: &[u8], offset: usize) -> u64 {
 mod tests {
     use super::*;
 
+    const DATA_7: Label = Label { kind: FrameKind::Data, lsn: 7, synced: 5, refers: false };
+
     fn frame(place: Place) -> Vec<u8> {
         let batches = [Bytes::from_static(b"first"), Bytes::new(), Bytes::from_static(b"third batch")];
         let mut bytes = Vec::new();
-        encode(&mut bytes, place, FrameKind::Data, 7, 5, b"events", &batches);
+        encode(&mut bytes, place, DATA_7, b"events", &batches);
         bytes.extend_from_slice(b"events");
         batches.iter().for_each(|batch| bytes.extend_from_slice(batch));
         assert_eq!(bytes.len() as u64, length(b"events", &batches));
@@ -237,7 +245,7 @@ mod tests {
     fn the_layout_is_pinned() {
         let place = Place { salt: 0x0102_0304_0506_0708, position: 512 };
         let mut bytes = Vec::new();
-        encode(&mut bytes, place, FrameKind::Data, 7, 5, b"ev", &[Bytes::from_static(b"batch")]);
+        encode(&mut bytes, place, Label { refers: true, ..DATA_7 }, b"ev", &[Bytes::from_static(b"batch")]);
         let checksum_of = |bytes: &[u8]| {
             let mut hasher = Hasher::new();
             hasher.update(&[1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 2, 0]);
@@ -247,8 +255,8 @@ mod tests {
         let body = checksum_of(b"\0\0\0\x05evbatch");
         let rest = [
             &body[..],
-            &[0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 75, 0, 0, 0, 2, 0, 0, 0, 1, 1],
-            &[0; 19],
+            &[0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 75, 0, 0, 0, 2, 0, 0, 0, 1, 1, 1],
+            &[0; 18],
         ]
         .concat();
         let header = checksum_of(&rest);

@@ -15,6 +15,8 @@
 //! - Every frame tells the highest LSN known to be on the device when it was written (`synced`), and that claim is true
 //!   for ever. The last frames before a pause are covered by a mark.
 //! - A file that follows another holds no synced frame before the other is synced completely.
+//! - A frame may refer to bytes in other files ([`Outside`]), written before it. It counts as synced only when they are
+//!   on the device too; one that was not synced counts after a crash only if they are whole ([`Replay::complete`]).
 //! - After the first failed write or sync nothing is written or synced any more: what the page cache holds then is
 //!   known to nobody. Restarting is the way out.
 //! - Nothing that a finished recovery has left out ever comes back, and nothing that it has returned is lost later:
@@ -35,12 +37,13 @@ mod tests;
 mod writer;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use dump::{Dump, DumpItem, DumpedFile, DumpedFrame, FrameState};
 pub use file::FORMAT_VERSION;
 pub use frame::FrameKind;
+pub use recovery::{Completed, Replay};
 pub use syncer::Syncer;
 pub use writer::{Journal, Recovered};
 
@@ -88,6 +91,24 @@ impl JournalOptions {
         self.first_file_bytes = frame::padded(self.first_file_bytes.max(file::FIRST_FRAME));
         self
     }
+}
+
+/// What of a frame's batches lies elsewhere.
+#[derive(Debug, Default)]
+pub struct Outside {
+    /// Bytes that are not in the frame.
+    pub bytes: u64,
+    /// The files that they are in.
+    pub files: Vec<Arc<dyn OutsideFile>>,
+}
+
+/// A file that frames refer to.
+pub trait OutsideFile: Send + Sync + std::fmt::Debug {
+    /// Where it is; two of the same path are the same file.
+    fn path(&self) -> &Path;
+
+    /// Returns once everything written to the file so far is on the device. Blocks.
+    fn sync(&self) -> io::Result<()>;
 }
 
 /// Why a call on an open journal failed.

@@ -6,13 +6,16 @@
 //!    missing from that chain, or one with a damaged header, is corruption: headers are on the device before their
 //!    file is used. Files outside the chain are leftovers.
 //! 2. Frames are read in LSN order and replayed one by one. What is not the frame due ends the reading; let its LSN be
-//!    `e`. If anything in the rest of the chain, or in any header, or the caller's checkpoint, says that `e` had been
+//!    `e`. Nor is a frame the one due that nothing proves to have been synced, and that refers to bytes outside which are
+//!    not whole: the power failed before they were on the device. If anything in the rest of the chain, or in any header, or the caller's checkpoint, says that `e` had been
 //!    synced, then this is corruption and the journal is refused, naming file and position. Otherwise nobody was ever
 //!    told that `e` is safe, and the journal ends before it.
+//!    A frame that was synced needs no such look: damage in what it refers to is the business of whoever reads it.
 //! 3. Let `m` be the highest LSN said to be synced. The frames above `m` may be in the page cache only. They are written
 //!    into a new file whose header says that it begins at `m + 1`, which voids whatever older files hold from there
 //!    on, torn or whole, and that all its frames are synced. The file gets its name, by which all of it becomes part of
-//!    the journal at once, only when it is on the device.
+//!    the journal at once, only when it is on the device. What they refer to is put into them: where it is, it may be in the
+//!    page cache only.
 //!
 //! So a crash at any moment of a recovery leaves the journal as it was, or recovered. Nothing is removed before the new
 //! file's name is durable. Every start makes a new file, also where nothing was torn: a frame that did not survive may
@@ -21,6 +24,7 @@
 //! Undecidable by any journal: damage to the last frames synced before anything said so.
 
 use std::collections::VecDeque;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -28,7 +32,7 @@ use std::sync::atomic::AtomicBool;
 use bytes::Bytes;
 
 use super::file::{self, FileHeader, JournalFile, Listing};
-use super::frame::{self, FrameKind, Place};
+use super::frame::{self, Frame, FrameKind, Label, Place};
 use super::prepare::Preparer;
 use super::reader::FrameReader;
 use super::syncer::Progress;
@@ -37,12 +41,44 @@ use super::{Journal, JournalOptions, Lsn, RecoverError};
 use crate::disk::Disk;
 use crate::plants::planted;
 
-/// Takes one frame: its LSN, its events and its batches.
-pub(super) type Apply<'a, E> = dyn FnMut(Lsn, &[u8], Vec<Bytes>) -> Result<(), E> + 'a;
+/// Takes what is found in a journal.
+pub trait Replay<E> {
+    /// Takes one frame: its LSN, its events and its batches. Of those that lie elsewhere it gets what is in the frame.
+    fn apply(&mut self, lsn: Lsn, events: &[u8], batches: Vec<Bytes>) -> Result<(), E>;
+
+    /// Puts the whole batch into the place of every one that lies elsewhere, if there it is whole. Asked, before
+    /// [`apply`](Self::apply), for frames only that nothing proves to have been synced.
+    ///
+    /// # Errors
+    /// The disk failed, and what it said of which file.
+    fn complete(&mut self, events: &[u8], batches: &mut [Bytes]) -> Result<Completed, (PathBuf, io::Error)>;
+}
+
+/// What became of the batches that lie elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Completed {
+    /// All are whole.
+    Whole,
+    /// Some are in files that are gone, which proves that the frame was synced; the others are whole.
+    Gone,
+    /// Some did not reach the device.
+    Torn,
+}
+
+/// For journals whose frames refer to nothing outside.
+impl<E, F: FnMut(Lsn, &[u8], Vec<Bytes>) -> Result<(), E>> Replay<E> for F {
+    fn apply(&mut self, lsn: Lsn, events: &[u8], batches: Vec<Bytes>) -> Result<(), E> {
+        self(lsn, events, batches)
+    }
+
+    fn complete(&mut self, _: &[u8], _: &mut [Bytes]) -> Result<Completed, (PathBuf, io::Error)> {
+        Ok(Completed::Torn)
+    }
+}
 
 impl Journal {
     /// Opens the journal in a directory, which is created when missing, and replays every frame above `from`, the LSN
-    /// that the caller's checkpoint contains, into `apply`.
+    /// that the caller's checkpoint contains, into `replay`.
     ///
     /// When it returns, every frame that was replayed is on the device. Frames are held one at a time. Blocks.
     pub fn recover<E>(
@@ -50,14 +86,14 @@ impl Journal {
         dir: &Path,
         options: JournalOptions,
         from: Lsn,
-        apply: &mut Apply<'_, E>,
+        replay: &mut dyn Replay<E>,
     ) -> Result<Self, RecoverError<E>> {
         let options = options.settled();
         let io = |source| RecoverError::Io { path: dir.to_path_buf(), source };
         disk.create_dir(dir).map_err(io)?;
         let listing = Listing::read(&*disk, dir).map_err(io)?;
         let chain = Chain::load(&*disk, dir, &listing, from)?;
-        let mut scan = Scan::run(&chain, from, apply)?;
+        let mut scan = Scan::run(&chain, from, replay)?;
         if planted("trust-page-cache") {
             scan.proven = scan.next - 1;
             scan.forget_synced();
@@ -207,28 +243,32 @@ struct Scan {
     entered: Vec<Lsn>,
     /// Where the frames above `proven` are, rising and dense.
     unsynced: VecDeque<Location>,
+    /// `proven` is all that the rest of the chain proves.
+    searched: bool,
     recovered: Recovered,
 }
 
-#[derive(Clone, Copy)]
 struct Location {
     lsn: Lsn,
     file: usize,
     position: u64,
+    /// Its batches where they were not all in it, and whether they are now.
+    completed: Option<(Vec<Bytes>, Completed)>,
 }
 
 impl Scan {
-    fn run<E>(chain: &Chain, from: Lsn, apply: &mut Apply<'_, E>) -> Result<Self, RecoverError<E>> {
+    fn run<E>(chain: &Chain, from: Lsn, replay: &mut dyn Replay<E>) -> Result<Self, RecoverError<E>> {
         let mut scan = Self {
             next: chain.files.first().map_or(1, |first| first.held.first_lsn),
             proven: chain.files.iter().map(|link| link.file.header.proves()).fold(from, Lsn::max),
             entered: Vec::new(),
             unsynced: VecDeque::new(),
+            searched: false,
             recovered: Recovered::default(),
         };
         for index in 0..chain.files.len() {
             scan.entered.push(scan.next);
-            let end = scan.read_file(chain, index, from, apply)?;
+            let end = scan.read_file(chain, index, from, replay)?;
             let follower = chain.files.get(index + 1);
             if follower.is_none_or(|follower| follower.held.first_lsn != scan.next) {
                 scan.decide(chain, index, end)?;
@@ -245,7 +285,7 @@ impl Scan {
         chain: &Chain,
         index: usize,
         from: Lsn,
-        apply: &mut Apply<'_, E>,
+        replay: &mut dyn Replay<E>,
     ) -> Result<u64, RecoverError<E>> {
         let file = &chain.files[index].file;
         let io = |source| RecoverError::Io { path: file.path.clone(), source };
@@ -253,7 +293,7 @@ impl Scan {
         let mut reader = FrameReader::new(file).map_err(io)?;
         let mut position = file::FIRST_FRAME;
         while self.next != void_from {
-            let Some(frame) = reader.read(position).map_err(io)? else { break };
+            let Some(mut frame) = reader.read(position).map_err(io)? else { break };
             let header = frame.header;
             let due = self.next - u64::from(header.kind == FrameKind::Mark);
             if header.lsn != due {
@@ -262,14 +302,19 @@ impl Scan {
             }
             self.proven = self.proven.max(header.synced);
             if header.kind == FrameKind::Data {
+                let completed = self.complete(chain, index, position, &mut reader, &mut frame, replay)?;
+                if matches!(completed, Some((_, Completed::Torn))) {
+                    break;
+                }
                 self.next += 1;
-                self.unsynced.push_back(Location { lsn: header.lsn, file: index, position });
+                self.unsynced.push_back(Location { lsn: header.lsn, file: index, position, completed });
                 self.forget_synced();
                 if header.lsn > from {
                     self.recovered.frames += 1;
                     self.recovered.bytes +=
                         header.length - frame::HEADER_BYTES - 4 * u64::from(header.batch_count);
-                    apply(header.lsn, &frame.events, frame.batches)
+                    replay
+                        .apply(header.lsn, &frame.events, frame.batches)
                         .map_err(|source| RecoverError::Apply { lsn: header.lsn, source })?;
                 }
             }
@@ -278,10 +323,69 @@ impl Scan {
         Ok(position)
     }
 
+    /// Makes the frame at a position whole, if it refers to anything outside and nothing proves that it was synced.
+    fn complete<E>(
+        &mut self,
+        chain: &Chain,
+        index: usize,
+        position: u64,
+        reader: &mut FrameReader,
+        frame: &mut Frame,
+        replay: &mut dyn Replay<E>,
+    ) -> Result<Option<(Vec<Bytes>, Completed)>, RecoverError<E>> {
+        let lsn = frame.header.lsn;
+        if !frame.header.refers
+            || lsn <= self.proven
+            || self.is_proven(chain, index, position, reader, lsn)?
+        {
+            return Ok(None);
+        }
+        let completed = replay
+            .complete(&frame.events, &mut frame.batches)
+            .map_err(|(path, source)| RecoverError::Io { path, source })?;
+        Ok(Some((frame.batches.clone(), completed)))
+    }
+
+    /// Whether a frame behind the position says that `lsn` was synced. Looks no further than it must, and once only at
+    /// the end.
+    fn is_proven<E>(
+        &mut self,
+        chain: &Chain,
+        index: usize,
+        position: u64,
+        reader: &mut FrameReader,
+        lsn: Lsn,
+    ) -> Result<bool, RecoverError<E>> {
+        let mut start = position;
+        for (at, link) in chain.files.iter().enumerate().skip(index) {
+            if self.searched {
+                break;
+            }
+            let io = |source| RecoverError::Io { path: link.file.path.clone(), source };
+            let mut next;
+            let reader = if at == index {
+                &mut *reader
+            } else {
+                next = FrameReader::new(&link.file).map_err(io)?;
+                &mut next
+            };
+            while let Some((found, header)) = reader.find_header(start).map_err(io)? {
+                self.proven = self.proven.max(header.synced);
+                if self.proven >= lsn {
+                    return Ok(true);
+                }
+                start = found + frame::padded(header.length);
+            }
+            start = file::FIRST_FRAME;
+        }
+        self.searched = true;
+        Ok(false)
+    }
+
     /// Decides whether what ends the frames of a file is damage or the end of all that was ever promised.
     fn decide<E>(&mut self, chain: &Chain, index: usize, end: u64) -> Result<(), RecoverError<E>> {
-        let mut witness =
-            (self.proven >= self.next).then(|| "a file's header, or the checkpoint,".to_owned());
+        let mut witness = (self.proven >= self.next)
+            .then(|| "another frame, a file's header, or the checkpoint".to_owned());
         let mut seen_in = None;
         let mut start = end;
         for (seen, link) in chain.files.iter().enumerate().skip(index) {
@@ -369,16 +473,13 @@ fn rebuild<E>(
             return Err(corrupt(&source.path, location.position, reason));
         };
         let place = Place { salt: header.salt, position };
-        let (events, batches) = (&frame.events, &frame.batches);
-        frame::encode(
-            &mut encoded,
-            place,
-            FrameKind::Data,
-            location.lsn,
-            frame.header.synced,
-            events,
-            batches,
-        );
+        let (batches, refers) = match &location.completed {
+            Some((batches, completed)) => (batches, *completed != Completed::Whole),
+            None => (&frame.batches, frame.header.refers),
+        };
+        let label = Label { kind: FrameKind::Data, lsn: location.lsn, synced: frame.header.synced, refers };
+        let events = &frame.events;
+        frame::encode(&mut encoded, place, label, events, batches);
         position +=
             write_frame(&file, position, options.file_bytes, &encoded, events, batches).map_err(io)?;
     }

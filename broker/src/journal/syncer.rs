@@ -7,7 +7,8 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::file::JournalFile;
-use super::{FailedAction, Failure, JournalError, Lsn};
+use super::{FailedAction, Failure, JournalError, Lsn, Outside, OutsideFile};
+use crate::plants::planted;
 
 /// Progress of one journal. Invariant: `synced ≤ written`, and neither falls.
 #[derive(Debug)]
@@ -25,12 +26,20 @@ struct State {
     unsynced_bytes: u64,
     /// Files written since their last sync, oldest first.
     unsynced_files: Vec<Arc<JournalFile>>,
+    /// What frames written since the last sync refer to.
+    unsynced_outside: Vec<Arc<dyn OutsideFile>>,
 }
 
 impl Progress {
     pub(super) fn new(lsn: Lsn) -> Self {
-        let state =
-            State { failure: None, written: lsn, synced: lsn, unsynced_bytes: 0, unsynced_files: Vec::new() };
+        let state = State {
+            failure: None,
+            written: lsn,
+            synced: lsn,
+            unsynced_bytes: 0,
+            unsynced_files: Vec::new(),
+            unsynced_outside: Vec::new(),
+        };
         Self { state: Mutex::new(state), syncing: Mutex::new(()) }
     }
 
@@ -43,11 +52,16 @@ impl Progress {
         }
     }
 
-    /// Notes a finished write of frames up to `lsn`.
-    pub(super) fn wrote(&self, file: &Arc<JournalFile>, lsn: Lsn, bytes: u64) {
+    /// Notes a finished write of frames up to `lsn`, which refer to what is outside.
+    pub(super) fn wrote(&self, file: &Arc<JournalFile>, lsn: Lsn, bytes: u64, outside: Outside) {
         let mut state = self.state.lock();
         state.written = lsn;
-        state.unsynced_bytes += bytes;
+        state.unsynced_bytes += bytes + outside.bytes;
+        for file in outside.files {
+            if state.unsynced_outside.iter().all(|known| known.path() != file.path()) {
+                state.unsynced_outside.push(file);
+            }
+        }
         if !state.unsynced_files.last().is_some_and(|last| Arc::ptr_eq(last, file)) {
             state.unsynced_files.push(file.clone());
         }
@@ -80,7 +94,7 @@ impl Progress {
 
     fn sync(&self) -> Result<Lsn, JournalError> {
         let _one_at_a_time = self.syncing.lock();
-        let (files, written, bytes) = {
+        let (outside, files, written, bytes) = {
             let mut state = self.state.lock();
             if let Some(failure) = &state.failure {
                 return Err(JournalError::Stopped(failure.clone()));
@@ -88,8 +102,15 @@ impl Progress {
             if state.unsynced_files.is_empty() {
                 return Ok(state.synced);
             }
-            (std::mem::take(&mut state.unsynced_files), state.written, state.unsynced_bytes)
+            let outside = std::mem::take(&mut state.unsynced_outside);
+            (outside, std::mem::take(&mut state.unsynced_files), state.written, state.unsynced_bytes)
         };
+        // A frame counts as synced when what it refers to is, too; which of them comes first makes no difference.
+        for file in outside.iter().filter(|_| !planted("reply-before-segment-sync")) {
+            if let Err(source) = file.sync() {
+                return Err(self.stop(FailedAction::Sync, file.path(), source));
+            }
+        }
         // Oldest first: a claim in a newer file must never be on the device before what it is about.
         for file in &files {
             if let Err(source) = file.disk_file.sync_data() {

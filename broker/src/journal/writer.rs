@@ -8,10 +8,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::file::{self, JournalFile};
-use super::frame::{self, FrameKind, Place};
+use super::frame::{self, FrameKind, Label, Place};
 use super::prepare::{Preparer, Wanted};
 use super::syncer::{Progress, Syncer};
-use super::{FailedAction, Failure, JournalError, JournalOptions, Lsn};
+use super::{FailedAction, Failure, JournalError, JournalOptions, Lsn, Outside};
 
 /// Writes end where a page of the page cache ends. The page that the next frame begins in is then always in memory whole,
 /// and never has to be read from a recycled file first.
@@ -118,12 +118,24 @@ impl Journal {
     /// A frame over the limit changes nothing. Any other error stops the journal; whether the frame is in it shows
     /// only after a restart.
     pub fn append(&mut self, events: &[u8], batches: &[Bytes]) -> Result<Lsn, JournalError> {
+        self.append_with(events, batches, Outside::default())
+    }
+
+    /// As [`append`](Self::append), for a frame of which some batches lie elsewhere: they were written already, and a
+    /// sync of the frame is also one of them. In the limit they count as if they were here, where a recovery may put them.
+    pub fn append_with(
+        &mut self,
+        events: &[u8],
+        batches: &[Bytes],
+        outside: Outside,
+    ) -> Result<Lsn, JournalError> {
         let length = frame::length(events, batches);
-        if length > self.options.max_frame_bytes {
-            return Err(JournalError::FrameTooLarge { bytes: length, limit: self.options.max_frame_bytes });
+        let (bytes, limit) = (length + outside.bytes, self.options.max_frame_bytes);
+        if bytes > limit {
+            return Err(JournalError::FrameTooLarge { bytes, limit });
         }
         let lsn = self.next_lsn;
-        self.write(FrameKind::Data, lsn, length, events, batches)?;
+        self.write(FrameKind::Data, lsn, length, events, batches, outside)?;
         self.next_lsn += 1;
         Ok(lsn)
     }
@@ -136,7 +148,8 @@ impl Journal {
         if self.progress.check()? <= self.told {
             return Ok(false);
         }
-        self.write(FrameKind::Mark, self.next_lsn - 1, frame::HEADER_BYTES, &[], &[])?;
+        let lsn = self.next_lsn - 1;
+        self.write(FrameKind::Mark, lsn, frame::HEADER_BYTES, &[], &[], Outside::default())?;
         Ok(true)
     }
 
@@ -168,15 +181,17 @@ impl Journal {
         length: u64,
         events: &[u8],
         batches: &[Bytes],
+        outside: Outside,
     ) -> Result<(), JournalError> {
         let synced = self.progress.check()?;
         self.make_room(frame::padded(length), lsn + u64::from(kind == FrameKind::Mark), synced)?;
         let place = Place { salt: self.current.header.salt, position: self.position };
-        frame::encode(&mut self.header, place, kind, lsn, synced, events, batches);
+        let label = Label { kind, lsn, synced, refers: !outside.files.is_empty() };
+        frame::encode(&mut self.header, place, label, events, batches);
         let written =
             write_frame(&self.current, self.position, self.options.file_bytes, &self.header, events, batches)
                 .map_err(|source| self.progress.stop(FailedAction::Write, &self.current.path, source))?;
-        self.progress.wrote(&self.current, lsn, written);
+        self.progress.wrote(&self.current, lsn, written, outside);
         self.position += written;
         self.told = synced;
         Ok(())

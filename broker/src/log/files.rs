@@ -102,6 +102,11 @@ impl SegmentFiles {
         Ok(file)
     }
 
+    /// Whether there is no such file.
+    pub(super) fn is_gone(&self, name: SegmentName) -> bool {
+        matches!(self.open(name), Err(error) if error.kind() == io::ErrorKind::NotFound)
+    }
+
     /// Remembers a descriptor.
     pub(super) fn keep(&self, name: SegmentName, file: &Arc<dyn DiskFile>) {
         let evicted = self.open.lock().insert(name, Arc::clone(file), 1);

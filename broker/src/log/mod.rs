@@ -10,11 +10,14 @@
 //! here is needed to recover but the bytes up to the checkpointed end of each segment. So the log may be written late,
 //! in large pieces, and synced only for the checkpoint.
 //!
+//! A large batch may be written to its segment ahead of its frame, which then refers to it: see `ahead`.
+//!
 //! Order of reading: `view` (what readers see), `tail`, `segment`, `walk` (reading and proving), `index`, `queue`,
 //! `writer` (its front), `thread` (what it does), `rewrite` (whole segments beside those that are there), `scan` (looking
 //! into batches), `exact` (single records out of them), `reread` (what was read for both); `scrub` looks for damage,
 //! `inspect` looks at segment files from outside.
 
+mod ahead;
 mod error;
 mod exact;
 mod files;
@@ -36,6 +39,7 @@ mod views;
 mod walk;
 mod writer;
 
+pub use ahead::Stored;
 pub use error::{LogFailure, ReadError};
 pub use exact::ExactReadError;
 pub use inspect::{Flaw, Inspected, SegmentFile};

@@ -258,6 +258,7 @@ mod tests {
                 last_offset: self.position,
                 max_timestamp: 0,
                 bytes: Bytes::from(vec![0; bytes]),
+                stored: false,
             };
             self.position += bytes as u64;
             queue.push(now, &self.view, batch);

@@ -214,6 +214,7 @@ mod tests {
             last_offset: base_offset + at * 10 + 9,
             max_timestamp: 0,
             bytes: Bytes::from(vec![0; 1000]),
+            stored: true,
         };
         (0..batches).map(batch).collect()
     }

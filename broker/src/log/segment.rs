@@ -5,9 +5,10 @@
 //!                                     <base offset, 20 digits>-<generation>.index    see `index`
 //! ```
 //!
-//! Invariants: bytes are appended by the segment writer alone, at positions that the engine decided; what is *written*
-//! never changes again, and readers look at nothing else. Whatever the file holds beyond that is left over from before
-//! a crash, and is cut off by the first write. A file is created by its first write.
+//! Invariants: bytes are written at positions that the engine decided, once each, by the segment writer or ahead of it (see
+//! `ahead`); what counts as *written*, which only the segment writer says, never changes again, and readers look at nothing
+//! else. Whatever the file holds beyond that is left over from before a crash, and is cut off by the first write after
+//! the replay. A file is created by its first write.
 
 use std::io;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use super::error::ReadError;
 use super::files::SegmentFiles;
 use super::index::{BLOCK_BYTES, Block, Index};
 use super::walk::{self, Walker};
-use crate::engine::effect::SegmentName;
+use crate::engine::effect::{SegmentName, SegmentWrite};
 
 /// A batch and where it stands.
 #[derive(Clone, Debug)]
@@ -34,6 +35,8 @@ pub(super) struct PlacedBatch {
     pub(super) last_offset: u64,
     pub(super) max_timestamp: i64,
     pub(super) bytes: Bytes,
+    /// The file has its bytes already.
+    pub(super) stored: bool,
 }
 
 #[derive(Debug)]
@@ -55,9 +58,15 @@ pub(super) struct Segment {
     state: Mutex<State>,
     /// Bytes including those that wait to be written.
     staged_end: AtomicU64,
-    /// The writer has seen to it that the file ends where it should.
+    /// It was seen to that the file ends where it should.
     prepared: AtomicBool,
-    /// Held while an index is read or rebuilt, so that it happens once. The only lock here that is held over I/O; only
+    /// Its name is known to be on the device.
+    pub(super) named: AtomicBool,
+    /// Held while the file is prepared.
+    pub(super) preparing: Mutex<()>,
+    /// Held while the file is synced, until a failure of that is known to everybody: the next sync would not fail again.
+    pub(super) syncing: Mutex<()>,
+    /// Held while an index is read or rebuilt, so that it happens once. Like the two above it is held over I/O; only
     /// threads that may block take it.
     loading: Mutex<()>,
 }
@@ -75,6 +84,9 @@ impl Segment {
             state: Mutex::new(state),
             staged_end: AtomicU64::new(end),
             prepared: AtomicBool::new(false),
+            named: AtomicBool::new(false),
+            preparing: Mutex::new(()),
+            syncing: Mutex::new(()),
             loading: Mutex::new(()),
         }
     }
@@ -122,6 +134,13 @@ impl Segment {
         }
     }
 
+    /// As [`Self::wrote`], of one batch whose bytes nobody has at hand.
+    pub(super) fn has(&self, write: &SegmentWrite) {
+        if let State::Growing { index, .. } = &mut *self.state.lock() {
+            index.push(write.base_offset, write.last_offset, write.max_timestamp, write.length);
+        }
+    }
+
     /// Writes the index and closes the segment: nothing is appended from now on.
     ///
     /// A segment that cannot be indexed because it is damaged is sealed all the same; readers are told when they come.
@@ -130,8 +149,9 @@ impl Segment {
     /// The index file cannot be written.
     pub(super) fn seal(&self, files: &SegmentFiles) -> io::Result<()> {
         match self.lookup(files, |_| false, Index::clone) {
-            // Never written to, so there is no file either; or damaged, and to be looked at again.
-            Ok(index) if index.end_position() == 0 || index.is_damaged() => {}
+            // Never written to, so there is no file either; or damaged, and to be looked at again; or removed, as the
+            // replay will come to.
+            Ok(index) if index.end_position() == 0 || index.is_damaged() || files.is_gone(self.name) => {}
             Ok(index) => {
                 files.write_index(self.name, &index.encode(self.name.base_offset))?;
                 files.keep_index(self.name, &Arc::new(index));
@@ -233,6 +253,7 @@ impl Segment {
             last_offset: header.last_offset(),
             max_timestamp: header.max_timestamp,
             bytes,
+            stored: true,
         }
     }
 

@@ -96,6 +96,11 @@ impl Tail {
         self.written_end = self.written_end.max(end);
     }
 
+    /// Whether it has batches that are not in their segment.
+    pub(super) fn has_unwritten(&self) -> bool {
+        self.batches.back().is_some_and(|last| last.last_offset >= self.written_end)
+    }
+
     /// Lets go of the batches below `end` that are in their segment; returns them so that they are freed without the lock.
     fn evict(&mut self, end: u64) -> Vec<PlacedBatch> {
         let end = end.min(self.written_end);

@@ -1,6 +1,6 @@
 //! What the segment writer's thread does, and what it shares with those who call [`super::SegmentWriter`].
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSlice};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -47,8 +47,8 @@ pub(super) struct Shared {
     condemned: Mutex<Vec<SegmentName>>,
     /// Of partitions that are gone.
     freed: Mutex<Vec<SegmentName>>,
-    /// While the journal is replayed: segments of which something is missing, with their length and what it should be.
-    suspects: Mutex<Option<Vec<Suspect>>>,
+    /// While the journal is replayed: what may turn out to be missing.
+    replaying: Mutex<Option<Replaying>>,
     /// One sync at a time.
     syncing: Mutex<()>,
 }
@@ -59,6 +59,15 @@ struct Suspect {
     segment: SegmentName,
     length: u64,
     written: u64,
+}
+
+/// What a replay has come across.
+#[derive(Debug, Default)]
+pub(super) struct Replaying {
+    /// Segments of which something is missing.
+    suspects: Vec<Suspect>,
+    /// Segments that frames refer to, and how long they must be for that.
+    pub(super) referred: BTreeMap<SegmentName, u64>,
 }
 
 #[derive(Debug)]
@@ -116,7 +125,7 @@ impl Shared {
             failure: OnceLock::new(),
             condemned: Mutex::default(),
             freed: Mutex::default(),
-            suspects: Mutex::new(Some(Vec::new())),
+            replaying: Mutex::new(Some(Replaying::default())),
             syncing: Mutex::default(),
         }
     }
@@ -142,6 +151,11 @@ impl Shared {
                 // Its topic was deleted within the same frame.
                 continue;
             };
+            if (write.bytes.len() as u64) < write.length {
+                self.unwritten.fetch_add(std::mem::take(&mut bytes), Ordering::Relaxed);
+                MutexGuard::unlocked(&mut state, || self.take_stored(&view, &segment, &write));
+                continue;
+            }
             bytes += write.bytes.len() as u64;
             let batch = PlacedBatch {
                 segment,
@@ -150,6 +164,7 @@ impl Shared {
                 last_offset: write.last_offset,
                 max_timestamp: write.max_timestamp,
                 bytes: write.bytes,
+                stored: write.stored,
             };
             view.stage(batch.clone());
             state.queue.push(now, &view, batch);
@@ -211,9 +226,16 @@ impl Shared {
     }
 
     fn suspect(&self, suspect: Suspect) {
-        match &mut *self.suspects.lock() {
-            Some(suspects) => suspects.push(suspect),
+        match &mut *self.replaying.lock() {
+            Some(replaying) => replaying.suspects.push(suspect),
             None => self.report(suspect),
+        }
+    }
+
+    /// A replayed frame refers to the segment up to `end`.
+    pub(super) fn refer(&self, segment: SegmentName, end: u64) {
+        if let Some(replaying) = &mut *self.replaying.lock() {
+            replaying.referred.insert(segment, end);
         }
     }
 
@@ -226,8 +248,16 @@ impl Shared {
 
     /// The replay is over: what is missing now is missed.
     pub(super) fn replayed(&self) {
-        for suspect in self.suspects.lock().take().unwrap_or_default() {
+        let Replaying { suspects, referred } = self.replaying.lock().take().unwrap_or_default();
+        for suspect in suspects {
             self.report(suspect);
+        }
+        for (segment, written) in referred {
+            let file = self.context.files.open(segment);
+            match file.and_then(|file| file.len()) {
+                Ok(length) if length >= written => {}
+                found => self.report(Suspect { segment, length: found.unwrap_or(0), written }),
+            }
         }
     }
 
@@ -282,7 +312,7 @@ impl Shared {
         }
     }
 
-    fn fail(&self, action: &'static str, file: PathBuf, source: io::Error) -> LogFailure {
+    pub(super) fn fail(&self, action: &'static str, file: PathBuf, source: io::Error) -> LogFailure {
         let failure = LogFailure { action, file, source: Arc::new(source) };
         if self.failure.set(failure.clone()).is_ok() {
             error!(%failure, "the log accepts no more writes");
@@ -349,16 +379,21 @@ impl Shared {
         let segment = &first.segment;
         let name = segment.name();
         let path = || self.context.files.log_path(name);
-        self.seal_before(run)?;
+        self.seal_before(&run.view, segment)?;
         let written = segment.written();
         if first.position != written {
             let reason = format!("position {} was decided, {written} bytes are written", first.position);
             return Err(self.fail("continue", path(), io::Error::other(reason)));
         }
-        let file = self.open(segment).map_err(|error| self.fail("open", path(), error))?;
-        let mut slices: Vec<_> = run.batches.iter().map(|batch| IoSlice::new(&batch.bytes)).collect();
-        file.write_all_vectored_at(&mut slices, first.position)
-            .map_err(|error| self.fail("write", path(), error))?;
+        let mut wrote = false;
+        for piece in run.batches.chunk_by(|one, next| one.stored == next.stored) {
+            let Some(first) = piece.first().filter(|first| !first.stored) else { continue };
+            let file = self.open(segment).map_err(|error| self.fail("open", path(), error))?;
+            let mut slices: Vec<_> = piece.iter().map(|batch| IoSlice::new(&batch.bytes)).collect();
+            file.write_all_vectored_at(&mut slices, first.position)
+                .map_err(|error| self.fail("write", path(), error))?;
+            wrote = true;
+        }
 
         segment.wrote(&run.batches);
         let end = last.last_offset + 1;
@@ -368,19 +403,21 @@ impl Shared {
         let mut state = self.state.lock();
         // After the write and before it counts as done: so a sync that it belongs to finds it here, and a sync that
         // takes the list earlier leaves it to the next.
-        state.dirty_files.insert(name);
+        if wrote {
+            state.dirty_files.insert(name);
+        }
         state.queue.done(run);
         self.release(state, run.batches.iter().map(|batch| batch.bytes.len() as u64).sum());
         Ok(())
     }
 
     /// Seals the segments before the one that is written now.
-    fn seal_before(&self, run: &Run) -> Result<(), LogFailure> {
-        let Some(first) = run.batches.first() else { return Ok(()) };
-        let segments = run.view.segments();
-        let before =
-            segments.iter().rev().skip_while(|segment| !Arc::ptr_eq(segment, &first.segment)).skip(1);
+    pub(super) fn seal_before(&self, view: &ReadView, current: &Arc<Segment>) -> Result<(), LogFailure> {
+        let segments = view.segments();
+        let before = segments.iter().rev().skip_while(|segment| !Arc::ptr_eq(segment, current)).skip(1);
         for segment in before.take_while(|segment| segment.is_growing()) {
+            self.cut(segment)
+                .map_err(|error| self.fail("cut", self.context.files.log_path(segment.name()), error))?;
             segment.seal(&self.context.files).map_err(|error| {
                 self.fail("write the index", self.context.files.index_path(segment.name()), error)
             })?;
@@ -388,13 +425,33 @@ impl Shared {
         Ok(())
     }
 
+    /// Cuts off what is left over behind the end of a segment to which nothing is written any more.
+    fn cut(&self, segment: &Segment) -> io::Result<()> {
+        let files = &self.context.files;
+        let _one_at_a_time = segment.preparing.lock();
+        if segment.is_prepared() {
+            return Ok(());
+        }
+        match files.open(segment.name()) {
+            Ok(file) if file.len()? > segment.written() => file.set_len(segment.written()),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// The file of a segment to write to, created if this is its first write.
-    fn open(&self, segment: &Segment) -> io::Result<Arc<dyn DiskFile>> {
+    pub(super) fn open(&self, segment: &Segment) -> io::Result<Arc<dyn DiskFile>> {
         let files = &self.context.files;
         let name = segment.name();
         if segment.is_prepared() {
             return files.open(name);
         }
+        let _one_at_a_time = segment.preparing.lock();
+        if segment.is_prepared() {
+            return files.open(name);
+        }
+        // What a frame refers to that the replay has not come to yet lies behind the end, too.
+        let replaying = self.replaying.lock().is_some();
         let written = segment.written();
         let directory = files.directory(name.partition);
         if written == 0 {
@@ -406,8 +463,8 @@ impl Shared {
         let file = match files.disk().open(&files.log_path(name)) {
             Ok(file) => {
                 let length = file.len()?;
-                if length > written {
-                    // Left over from before a crash; replay is about to bring it again, or it was never promised.
+                if length > written && !replaying {
+                    // Left over from before a crash: it was never promised, or is about to be written again.
                     file.set_len(written)?;
                 } else if length < written {
                     self.suspect(Suspect { segment: name, length, written });
@@ -423,31 +480,44 @@ impl Shared {
             }
             Err(error) => return Err(error),
         };
-        segment.set_prepared();
+        if !replaying {
+            segment.set_prepared();
+        }
         files.keep(name, &file);
         Ok(file)
+    }
+
+    /// Waits until everything that was appended is written; the caller has `syncing`.
+    fn write_all(&self) -> Result<MutexGuard<'_, State>, LogFailure> {
+        let mut state = self.state.lock();
+        state.queue.set_barrier();
+        self.work.notify_one();
+        loop {
+            if let Some(failure) = self.failure.get() {
+                return Err(failure.clone());
+            }
+            if state.queue.reached_barrier() {
+                return Ok(state);
+            }
+            if self.background {
+                self.progress.wait(&mut state);
+            } else {
+                // What has to be written before the barrier is due.
+                MutexGuard::unlocked(&mut state, || self.step());
+            }
+        }
+    }
+
+    /// Waits until everything that was appended is written.
+    pub(super) fn write_out(&self) -> Result<(), LogFailure> {
+        let _one_at_a_time = self.syncing.lock();
+        self.write_all().map(drop)
     }
 
     pub(super) fn sync(&self) -> Result<(), LogFailure> {
         let _one_at_a_time = self.syncing.lock();
         let (files, directories) = {
-            let mut state = self.state.lock();
-            state.queue.set_barrier();
-            self.work.notify_one();
-            loop {
-                if let Some(failure) = self.failure.get() {
-                    return Err(failure.clone());
-                }
-                if state.queue.reached_barrier() {
-                    break;
-                }
-                if self.background {
-                    self.progress.wait(&mut state);
-                } else {
-                    // What has to be written before the barrier is due.
-                    MutexGuard::unlocked(&mut state, || self.step());
-                }
-            }
+            let mut state = self.write_all()?;
             (std::mem::take(&mut state.dirty_files), std::mem::take(&mut state.dirty_directories))
         };
         let directories = if planted("forget-directory-sync") { BTreeSet::new() } else { directories };
@@ -457,6 +527,11 @@ impl Shared {
             });
         }
         for name in files {
+            let segment = self.place(name).map(|(_, segment)| segment);
+            let _one_at_a_time = segment.as_ref().map(|segment| segment.syncing.lock());
+            if let Some(failure) = self.failure() {
+                return Err(failure.clone());
+            }
             match self.context.files.open(name).and_then(|file| file.sync_data()) {
                 Ok(()) => {}
                 // Removed, and a checkpoint says so. One that only the memory says so of is still synced: the removal

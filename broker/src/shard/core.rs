@@ -5,7 +5,7 @@
 //! the sync thread ([`super::release`]). The shard owns no thread and reads no clock, so that it can be driven step by step.
 //!
 //! ```text
-//!   commands ─▶ engine.step … ─▶ effects ─▶ journal.append ─▶ views, tails, segment writer
+//!   commands ─▶ engine.step … ─▶ effects ─▶ (large batches to their segments) ─▶ journal.append ─▶ views, tails, segment writer
 //!                  ▲                                      ├─▶ replies and deliveries at `written`
 //!                  │ scans from memory                    └─▶ Release ─▶ sync thread ─▶ high watermarks, replies
 //! ```
@@ -22,6 +22,7 @@ use std::sync::Arc;
 
 use super::inbox::{News, Submission};
 use super::reads::Read;
+use super::reference::{self, ReferenceOptions};
 use super::release::{Release, Releases};
 use super::room::Room;
 use super::sink::{Responder, Sink, Wakes};
@@ -43,6 +44,7 @@ const SCAN_ROUNDS: usize = 4;
 pub struct ShardOptions {
     /// Written and not yet synced; beyond it appends wait.
     pub max_unsynced_bytes: u64,
+    pub reference: ReferenceOptions,
 }
 
 /// See the module's documentation.
@@ -327,13 +329,21 @@ impl Shard {
             self.let_go();
         }
         if !self.effects.events.is_empty() {
+            let outside = match reference::refer(&mut self.effects, &self.log, &self.options.reference) {
+                Ok(outside) => outside,
+                Err(failure) => {
+                    self.latch(failure.to_string());
+                    return None;
+                }
+            };
+            let referred = outside.bytes;
             let events = Engine::encode_frame(now, &mut self.effects);
             let bytes = events.len() + self.effects.batches.iter().map(bytes::Bytes::len).sum::<usize>();
-            match self.journal.append(&events, &self.effects.batches) {
+            match self.journal.append_with(&events, &self.effects.batches, outside) {
                 Ok(lsn) => {
                     self.written = lsn;
                     self.journaled += bytes as u64;
-                    self.room.spend(bytes as u64);
+                    self.room.spend(bytes as u64 + referred);
                 }
                 Err(_) if planted("apply-failed-write") => {
                     self.show();

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Order of reading: `admission` (bytes are admitted before they are queued), `inbox`, `core` (one turn), `runner` (the
-//! thread), `release` (the sync thread), `room` (when the disk is full), `reads` (what may touch the disk), `checkpoint`, `recovery` (how it all begins).
+//! thread), `reference` (what the journal only refers to), `release` (the sync thread), `room` (when the disk is full), `reads` (what may touch the disk), `checkpoint`, `recovery` (how it all begins).
 //! `stepped` is the same without threads.
 
 mod admission;
@@ -18,6 +18,7 @@ mod core;
 mod inbox;
 mod reads;
 mod recovery;
+mod reference;
 mod release;
 mod room;
 mod runner;
@@ -31,8 +32,9 @@ pub use admission::{Admission, ConnectionGate, Gate, Overloaded, REQUEST_OVERHEA
 pub use core::ShardOptions;
 pub(crate) use inbox::Inbox;
 pub use inbox::Submission;
+pub use recovery::{Replayed, StartError, StorageOptions};
 pub(crate) use recovery::{Running, start};
-pub use recovery::{StartError, StorageOptions};
+pub use reference::ReferenceOptions;
 pub use room::RoomOptions;
 pub use runner::CheckpointOptions;
 pub(crate) use sink::Once;

@@ -5,7 +5,7 @@
 //! 3. The engine begins a run. Its first frame is synced before anything is served.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::sync::mpsc::Receiver;
@@ -13,6 +13,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use bytes::Bytes;
+use felucca_protocol::batch::HEADER_LEN;
+use prost::Message;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
@@ -28,11 +30,13 @@ use super::scrub::ScrubThread;
 use crate::checkpoint::{CheckpointError, CheckpointStore};
 use crate::disk::Disk;
 use crate::engine::config::EngineSettings;
-use crate::engine::effect::Effects;
+use crate::engine::effect::{Effects, SegmentName};
+use crate::engine::event::{self, event::Kind};
+use crate::engine::types::{Lsn, PartitionKey, TopicId};
 use crate::engine::{CorruptState, Engine};
 use crate::environment::Environment;
-use crate::journal::{Journal, JournalError, JournalOptions, RecoverError};
-use crate::log::{LogFailure, LogOptions, ScrubOptions, SegmentWriter, Views};
+use crate::journal::{Completed, Journal, JournalError, JournalOptions, RecoverError, Replay};
+use crate::log::{LogFailure, LogOptions, ScrubOptions, SegmentWriter, Stored, Views};
 
 /// Longest that replay waits for the segment writer to make progress.
 const REPLAY_PATIENCE: Duration = Duration::from_secs(60);
@@ -110,7 +114,7 @@ pub(crate) fn start(
     runtime: Handle,
 ) -> Result<Running, StartError> {
     let scrub = options.scrub.clone();
-    let Recovered { inbox, log, releases, runner, sync, checkpoint, work } =
+    let Recovered { inbox, log, releases, runner, sync, checkpoint, work, .. } =
         recover(disk, data_dir, options, Readers::Runtime(runtime))?;
     let boot_epoch = runner.shard().engine().boot_epoch();
     let views = log.views().clone();
@@ -145,6 +149,19 @@ pub(super) struct Recovered {
     pub(super) checkpoint: CheckpointThread,
     /// What the runner gives the checkpoint thread to do.
     pub(super) work: Receiver<Work>,
+    pub(super) replayed: Replayed,
+}
+
+/// What a start has found in the journal after the checkpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Replayed {
+    pub frames: u64,
+    /// Batches that their frames only refer to.
+    pub referring: u64,
+    /// Frames that were not synced and whose batches were found whole in their segments.
+    pub completed: u64,
+    /// Frames that were cut because their batches were not.
+    pub incomplete: u64,
 }
 
 pub(super) fn recover(
@@ -170,20 +187,19 @@ pub(super) fn recover(
     for partition in engine.partitions() {
         log.restore(&partition);
     }
-    let mut frames = 0_u64;
-    let mut apply = |_lsn, events: &[u8], batches: Vec<Bytes>| {
-        frames += 1;
-        replay(&mut engine, &log, events, batches)
-    };
+    let mut replay = ShardReplay { engine: &mut engine, log: &log, replayed: Replayed::default() };
     let journal =
-        Journal::recover(disk.clone(), &data_dir.join("journal"), options.journal, from, &mut apply)?;
+        Journal::recover(disk.clone(), &data_dir.join("journal"), options.journal, from, &mut replay)?;
+    let replayed = replay.replayed;
     let recovered = journal.recovered();
     if let Some((file, position)) = &recovered.torn {
         tracing::warn!(file = %file.display(), position, "the journal's end was torn by a crash and has been cut");
     }
     tracing::info!(
         checkpoint = from,
-        frames,
+        frames = replayed.frames,
+        referring = replayed.referring,
+        completed = replayed.completed,
         millis = environment.now().saturating_duration_since(began).as_millis() as u64,
         "recovered"
     );
@@ -208,7 +224,7 @@ pub(super) fn recover(
     let (storage, work) = mpsc::channel();
     let reads = Reads { readers, views, inbox: inbox.clone() };
     let runner = Runner::new(shard, clock, reads, storage, options.checkpoint);
-    Ok(Recovered { inbox, log, releases, runner, sync, checkpoint, work })
+    Ok(Recovered { inbox, log, releases, runner, sync, checkpoint, work, replayed })
 }
 
 impl Running {
@@ -247,22 +263,62 @@ impl Drop for Guard {
     }
 }
 
-fn replay(
-    engine: &mut Engine,
-    log: &SegmentWriter,
-    events: &[u8],
-    batches: Vec<Bytes>,
-) -> Result<(), ReplayError> {
-    let mut effects = Effects::default();
-    engine.replay(events, batches, &mut effects)?;
-    for change in &effects.view_changes {
-        log.apply(change);
+/// Replays frames into an engine and a log.
+struct ShardReplay<'a> {
+    engine: &'a mut Engine,
+    log: &'a SegmentWriter,
+    replayed: Replayed,
+}
+
+impl Replay<ReplayError> for ShardReplay<'_> {
+    fn apply(&mut self, _: Lsn, events: &[u8], batches: Vec<Bytes>) -> Result<(), ReplayError> {
+        self.replayed.frames += 1;
+        let mut effects = Effects::default();
+        self.engine.replay(events, batches, &mut effects)?;
+        for change in &effects.view_changes {
+            self.log.apply(change);
+        }
+        self.replayed.referring += effects.segment_writes.iter().filter(|write| write.stored).count() as u64;
+        if !self.log.wait_for_room(REPLAY_PATIENCE)? {
+            return Err(ReplayError::Stuck);
+        }
+        self.log.append(effects.segment_writes)?;
+        Ok(())
     }
-    if !log.wait_for_room(REPLAY_PATIENCE)? {
-        return Err(ReplayError::Stuck);
+
+    fn complete(&mut self, events: &[u8], batches: &mut [Bytes]) -> Result<Completed, (PathBuf, io::Error)> {
+        // An event that cannot be decoded is found when the frame is applied.
+        let Ok(frame) = event::Frame::decode(events) else { return Ok(Completed::Gone) };
+        let appended = frame.events.iter().filter_map(|event| match &event.kind {
+            Some(Kind::Appended(appended)) => Some(appended),
+            _ => None,
+        });
+        let mut completed = Completed::Whole;
+        for (event, batch) in appended.zip(batches) {
+            let (Some(place), Some(topic)) = (event.place, TopicId::from_slice(&event.topic_id)) else {
+                continue;
+            };
+            if batch.len() > HEADER_LEN {
+                continue;
+            }
+            let segment = SegmentName {
+                partition: PartitionKey { topic, partition: event.partition },
+                base_offset: place.base_offset,
+                generation: place.generation,
+            };
+            let found = self.log.find_stored(segment, place.position, batch);
+            match found.map_err(|error| (self.log.segment_path(segment), error))? {
+                Stored::Whole(bytes) => *batch = bytes,
+                Stored::Gone => completed = Completed::Gone,
+                Stored::Torn => {
+                    self.replayed.incomplete += 1;
+                    return Ok(Completed::Torn);
+                }
+            }
+        }
+        self.replayed.completed += 1;
+        Ok(completed)
     }
-    log.append(effects.segment_writes)?;
-    Ok(())
 }
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StartError> {

@@ -19,7 +19,7 @@ use super::admission::Gate;
 use super::checkpoint::{CheckpointThread, Started, Step, Work};
 use super::inbox::{Inbox, Submission};
 use super::reads::{Read, Readers, read_here};
-use super::recovery::{Recovered, StartError, StorageOptions, recover};
+use super::recovery::{Recovered, Replayed, StartError, StorageOptions, recover};
 use super::release::{Releases, SyncThread};
 use super::runner::{After, Runner};
 use crate::broker::{Broker, BrokerLimits};
@@ -63,6 +63,7 @@ pub struct Stepped {
     started: Option<Started>,
     checkpoint_failed: bool,
     reads: Arc<Mutex<VecDeque<Read>>>,
+    replayed: Replayed,
 }
 
 impl fmt::Debug for Stepped {
@@ -87,7 +88,7 @@ impl Stepped {
         options.log.environment = options.environment.clone();
         let reads = Arc::new(Mutex::new(VecDeque::new()));
         let recovered = recover(disk, data_dir, options, Readers::Queue(reads.clone()))?;
-        let Recovered { inbox, log, releases, runner, sync, checkpoint, work } = recovered;
+        let Recovered { inbox, log, releases, runner, sync, checkpoint, work, replayed } = recovered;
         Ok(Self {
             inbox,
             log,
@@ -101,6 +102,7 @@ impl Stepped {
             started: None,
             checkpoint_failed: false,
             reads,
+            replayed,
         })
     }
 
@@ -202,6 +204,11 @@ impl Stepped {
     /// The engine's monotonic time.
     pub fn monotonic_ms(&self) -> u64 {
         self.runner.clock().monotonic_ms()
+    }
+
+    /// What the start has found in the journal.
+    pub fn replayed(&self) -> Replayed {
+        self.replayed
     }
 
     /// The log, for looking at.

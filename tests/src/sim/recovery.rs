@@ -132,8 +132,12 @@ impl World {
         self.told.split_off(&shard.written());
         self.told.insert(shard.written(), shard.written() - 1);
         self.leases.booted(shard.monotonic_ms());
+        let replayed = shard.replayed();
         self.shard = Some(shard);
         self.coverage.meet("recovery", "started");
+        self.coverage.meet_often("recovery", "referred batch replayed", replayed.referring);
+        self.coverage.meet_often("recovery", "referring frame completed", replayed.completed);
+        self.coverage.meet_often("recovery", "referring frame cut", replayed.incomplete);
         if let Some((disk, environment)) = copy {
             self.compare_with_older_checkpoint(&disk, environment);
         }

@@ -9,7 +9,7 @@ use felucca_broker::engine::types::{Level, PartitionKey, TopicId};
 use felucca_broker::environment::Environment;
 use felucca_broker::journal::JournalOptions;
 use felucca_broker::log::{LogOptions, ScrubOptions};
-use felucca_broker::shard::{CheckpointOptions, RoomOptions, ShardOptions, StorageOptions};
+use felucca_broker::shard::{CheckpointOptions, ReferenceOptions, RoomOptions, ShardOptions, StorageOptions};
 
 use super::admin::standard;
 use super::client::{Client, Role, Target};
@@ -58,7 +58,14 @@ pub(crate) fn storage(rng: &mut Rng, environment: Environment) -> StorageOptions
             background: false,
             environment: environment.clone(),
         },
-        shard: ShardOptions { max_unsynced_bytes: 32 << 10 },
+        shard: ShardOptions {
+            max_unsynced_bytes: 32 << 10,
+            reference: ReferenceOptions {
+                batch_bytes: [200, 1_000, 4_000, u64::MAX][rng.below(4) as usize],
+                synced_bytes: [0, 6_000][rng.below(2) as usize],
+                segments: [1, 8][rng.below(2) as usize],
+            },
+        },
         checkpoint: CheckpointOptions {
             interval: Duration::from_millis(rng.between(300, 3_000)),
             journal_bytes: 16 << 10,

@@ -257,9 +257,15 @@ fn an_error_of_the_replay_names_the_frame() {
     let disk = MemDisk::new();
     let mut journal = open(&disk);
     (0..3).for_each(|tag| assert!(append(&mut journal, &content(tag, 1, &[])).is_ok()));
-    let refused = Journal::recover(Arc::new(disk.clone()), &dir(), small(), 0, &mut |lsn, _, _| {
-        if lsn == 2 { Err(std::io::Error::other("no")) } else { Ok(()) }
-    });
+    let refused = Journal::recover(
+        Arc::new(disk.clone()),
+        &dir(),
+        small(),
+        0,
+        &mut |lsn: Lsn, _: &[u8], _: Vec<Bytes>| {
+            if lsn == 2 { Err(std::io::Error::other("no")) } else { Ok(()) }
+        },
+    );
     assert!(matches!(refused, Err(RecoverError::Apply { lsn: 2, .. })));
     assert_eq!(recover(&disk, 0).unwrap().1.len(), 3, "nothing was changed by it");
 }

@@ -2,6 +2,7 @@
 
 mod basics;
 mod damage;
+mod outside;
 mod power;
 
 use std::convert::Infallible;
@@ -58,10 +59,11 @@ type Recovery = Result<(Journal, Vec<(Lsn, Content)>), RecoverError<Infallible>>
 
 fn recover_with(disk: Arc<dyn Disk>, dir: &Path, options: JournalOptions, from: Lsn) -> Recovery {
     let mut frames = Vec::new();
-    let journal = Journal::recover(disk, dir, options, from, &mut |lsn, events: &[u8], batches| {
-        frames.push((lsn, (events.to_vec(), batches)));
-        Ok::<_, Infallible>(())
-    })?;
+    let journal =
+        Journal::recover(disk, dir, options, from, &mut |lsn: Lsn, events: &[u8], batches: Vec<Bytes>| {
+            frames.push((lsn, (events.to_vec(), batches)));
+            Ok::<_, Infallible>(())
+        })?;
     Ok((journal, frames))
 }
 

@@ -33,7 +33,7 @@ fn a_restart_reads_what_was_written_and_goes_on() {
 
 #[derive(Clone, Debug)]
 enum Operation {
-    Append { timestamps: Vec<i64>, value_bytes: usize },
+    Append { timestamps: Vec<i64>, value_bytes: usize, ahead: bool },
     Publish,
     Checkpoint,
     RaiseEpoch { missing: u64 },
@@ -61,8 +61,8 @@ fn operation() -> impl Strategy<Value = Operation> {
     )
         .prop_map(|(power, failing, replayed, forget)| Crash { power, failing, replayed, forget });
     prop_oneof![
-        8 => (prop::collection::vec(0..500_i64, 1..4), 0..8_000_usize)
-            .prop_map(|(timestamps, value_bytes)| Operation::Append { timestamps, value_bytes }),
+        8 => (prop::collection::vec(0..500_i64, 1..4), 0..8_000_usize, any::<bool>())
+            .prop_map(|(timestamps, value_bytes, ahead)| Operation::Append { timestamps, value_bytes, ahead }),
         3 => Just(Operation::Publish),
         2 => Just(Operation::Checkpoint),
         1 => (1..10_u64).prop_map(|missing| Operation::RaiseEpoch { missing }),
@@ -87,7 +87,12 @@ proptest! {
         let mut checkpoint = (model.info.clone(), 0);
         for operation in operations {
             match operation {
-                Operation::Append { timestamps, value_bytes } => model.append(&log, &timestamps, value_bytes),
+                Operation::Append { timestamps, value_bytes, ahead: true } => {
+                    model.append_ahead(&log, &timestamps, value_bytes);
+                }
+                Operation::Append { timestamps, value_bytes, ahead: false } => {
+                    model.append(&log, &timestamps, value_bytes);
+                }
                 Operation::Publish => model.publish(&log),
                 Operation::Checkpoint => {
                     log.sync().unwrap();
@@ -110,9 +115,11 @@ proptest! {
                     log.restore(&model.info);
                     let kept = checkpoint.1 + crash.replayed.index(model.batches.len() - checkpoint.1 + 1);
                     model.batches.truncate(kept);
+                    model.referred.retain(|at| *at < kept);
                     for at in checkpoint.1..kept {
                         model.append_again(&log, at);
                     }
+                    log.condemn_unknown().unwrap();
                     model.publish(&log);
                     model.check(&log, 10_000);
                 }

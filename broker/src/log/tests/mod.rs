@@ -1,10 +1,12 @@
 //! The log as a whole, on a disk in memory, against a model that knows every batch.
 
+mod ahead;
 mod crash;
 mod damage;
 mod reading;
 mod writing;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +14,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use felucca_protocol::batch::{self, BatchBuilder, BatchHeader};
 
-use super::{LogOptions, ReadView, SegmentWriter, read_record, scan};
+use super::{LogOptions, ReadView, SegmentWriter, Stored, read_record, scan};
 use crate::disk::MemDisk;
 use crate::engine::PartitionInfo;
 use crate::engine::command::ScannedRecord;
@@ -46,6 +48,8 @@ struct Model {
     epoch: i32,
     segment_bytes: u64,
     batches: Vec<(BatchHeader, Bytes)>,
+    /// Of those: the ones that were written ahead, and that frames only refer to.
+    referred: BTreeSet<usize>,
 }
 
 impl Model {
@@ -58,7 +62,7 @@ impl Model {
             end: 0,
             segments: vec![(first, 0)],
         };
-        Self { info, epoch: 0, segment_bytes, batches: Vec::new() }
+        Self { info, epoch: 0, segment_bytes, batches: Vec::new(), referred: BTreeSet::new() }
     }
 
     fn create(&self, log: &SegmentWriter) {
@@ -71,6 +75,27 @@ impl Model {
 
     /// Decides on a batch of one record per timestamp, and appends it.
     fn append(&mut self, log: &SegmentWriter, timestamps: &[i64], value_bytes: usize) {
+        self.make(timestamps, value_bytes);
+        self.append_again(log, self.batches.len() - 1);
+    }
+
+    /// As [`Self::append`], written ahead; it is on the disk then.
+    fn append_ahead(&mut self, log: &SegmentWriter, timestamps: &[i64], value_bytes: usize) {
+        self.make(timestamps, value_bytes);
+        self.referred.insert(self.batches.len() - 1);
+        let write = self.place(Some(log), self.batches.len() - 1);
+        let file = log.write_ahead(&[&write]).unwrap().unwrap();
+        file.sync().unwrap();
+        log.append(vec![SegmentWrite { stored: true, ..write }]).unwrap();
+    }
+
+    /// Decides on a batch and where it goes.
+    fn decide(&mut self, timestamps: &[i64], value_bytes: usize) -> SegmentWrite {
+        self.make(timestamps, value_bytes);
+        self.place(None, self.batches.len() - 1)
+    }
+
+    fn make(&mut self, timestamps: &[i64], value_bytes: usize) {
         let mut builder = BatchBuilder::new();
         for (at, timestamp) in timestamps.iter().enumerate() {
             let key = format!("key {}", self.info.end + at as u64);
@@ -81,17 +106,25 @@ impl Model {
         let bytes = bytes.freeze();
         let header = BatchHeader::parse(&bytes).unwrap();
         self.batches.push((header, bytes));
-        self.append_again(log, self.batches.len() - 1);
     }
 
     /// Appends a batch that was decided on before, as replay does.
     fn append_again(&mut self, log: &SegmentWriter, at: usize) {
+        let mut write = self.place(Some(log), at);
+        if self.referred.contains(&at) {
+            write.bytes.truncate(batch::HEADER_LEN);
+            write.stored = true;
+        }
+        log.append(vec![write]).unwrap();
+    }
+
+    fn place(&mut self, log: Option<&SegmentWriter>, at: usize) -> SegmentWrite {
         let (header, bytes) = self.batches[at].clone();
         let (last, filled) = *self.info.segments.last().unwrap();
         if filled > 0 && filled + bytes.len() as u64 > self.segment_bytes {
             let segment =
                 SegmentName { base_offset: header.base_offset, generation: last.generation + 1, ..last };
-            log.apply(&ViewChange::SegmentAdded { segment });
+            log.iter().for_each(|log| log.apply(&ViewChange::SegmentAdded { segment }));
             self.info.segments.push((segment, 0));
         }
         let (segment, filled) = self.info.segments.last_mut().unwrap();
@@ -101,11 +134,13 @@ impl Model {
             base_offset: header.base_offset,
             last_offset: header.last_offset(),
             max_timestamp: header.max_timestamp,
+            length: bytes.len() as u64,
             bytes: bytes.clone(),
+            stored: false,
         };
         *filled += bytes.len() as u64;
         self.info.end = header.last_offset() + 1;
-        log.append(vec![write]).unwrap();
+        write
     }
 
     fn view(&self, log: &SegmentWriter) -> Arc<ReadView> {
