@@ -235,19 +235,11 @@ async fn whoever_calls_a_stopped_shard_is_told() {
     assert!(matches!(error, BrokerError::Engine(EngineError::Stopping)), "{error}");
 }
 
-/// Files of segments on the disk, with their bytes.
+/// The bytes of each segment on the disk, at one moment.
 fn segments(disk: &MemDisk) -> Vec<u64> {
-    let root = Path::new("/data/log");
-    let mut sizes = Vec::new();
-    for topic in disk.list_dirs(root).unwrap() {
-        for partition in disk.list_dirs(&root.join(&topic)).unwrap() {
-            let directory = root.join(&topic).join(partition);
-            let files = disk.list(&directory).unwrap_or_default();
-            let logs = files.iter().filter(|file| file.ends_with(".log"));
-            sizes.extend(logs.map(|file| disk.open(&directory.join(file)).unwrap().len().unwrap()));
-        }
-    }
-    sizes
+    let is_segment =
+        |path: &Path| path.starts_with("/data/log") && path.extension().is_some_and(|end| end == "log");
+    disk.files().into_iter().filter(|(path, _)| is_segment(path)).map(|(_, bytes)| bytes).collect()
 }
 
 async fn eventually(what: &str, condition: impl Fn() -> bool) {
