@@ -141,7 +141,7 @@ impl Shared {
     /// Takes in a batch that a replayed frame refers to. It is in its segment, and nowhere else: so what is in front of it
     /// must be, too, before readers may be sent there.
     pub(super) fn take_stored(&self, view: &Arc<ReadView>, segment: &Arc<Segment>, write: &SegmentWrite) {
-        let has_unwritten = view.tail().lock().has_unwritten();
+        let has_unwritten = view.tail().lock().has_unwritten(write.base_offset);
         // A failure is found by whoever appends.
         if has_unwritten && self.write_out().is_err() || self.seal_before(view, segment).is_err() {
             return;

@@ -96,9 +96,9 @@ impl Tail {
         self.written_end = self.written_end.max(end);
     }
 
-    /// Whether it has batches that are not in their segment.
-    pub(super) fn has_unwritten(&self) -> bool {
-        self.batches.back().is_some_and(|last| last.last_offset >= self.written_end)
+    /// Whether it has batches below `end` that are not in their segment.
+    pub(super) fn has_unwritten(&self, end: u64) -> bool {
+        self.batches.get(self.find(self.written_end)).is_some_and(|first| first.base_offset < end)
     }
 
     /// Lets go of the batches below `end` that are in their segment; returns them so that they are freed without the lock.

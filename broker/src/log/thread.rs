@@ -296,10 +296,15 @@ impl Shared {
         removed: &[SegmentName],
         added: &[(SegmentName, u64)],
     ) {
-        if let Some(view) = self.views.get(partition) {
-            view.replace_segments(removed, added);
-            self.condemn(removed.to_vec());
+        let (Some(view), Some(first)) = (self.views.get(partition), removed.first()) else { return };
+        // The tail lets go of what is replaced, and so of all that is in front of it. The cleaner has read it from its files; in
+        // a replay, what is in front may still wait to be written. A failure is found by whoever appends.
+        let has_unwritten = view.tail().lock().has_unwritten(first.base_offset);
+        if has_unwritten && self.write_out().is_err() {
+            return;
         }
+        view.replace_segments(removed, added);
+        self.condemn(removed.to_vec());
     }
 
     /// These bytes do not wait any more. Takes the lock so that nobody checks before and waits after.

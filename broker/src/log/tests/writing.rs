@@ -383,3 +383,25 @@ fn what_a_crash_left_of_removed_segments_is_found() {
     assert_eq!(logs, model.info.segments.len());
     model.check(&log, 5000);
 }
+
+#[test]
+fn replaced_segments_take_nothing_along_that_waits_to_be_written() {
+    let disk = MemDisk::new();
+    let nothing_by_itself = LogOptions { linger: Duration::from_secs(3600), background: false, ..options() };
+    let log = start(&disk, &nothing_by_itself);
+    let mut model = Model::new(0, 1);
+    model.create(&log);
+    for at in 0..3 {
+        model.append(&log, &[at], 100);
+    }
+    model.publish(&log);
+    let [(first, _), (second, _), _] = model.info.segments[..] else { panic!() };
+    // Of the second nothing is left.
+    log.apply(&ViewChange::SegmentsReplaced { partition: key(0), removed: vec![second], added: Vec::new() });
+    let offsets = |from| {
+        let batches = model.view(&log).read_stored(from, 0).unwrap();
+        batches.iter().map(|bytes| BatchHeader::parse(bytes).unwrap().base_offset).collect::<Vec<_>>()
+    };
+    assert_eq!(offsets(0), [0], "{first:?} is as it was");
+    assert_eq!(offsets(1), [2]);
+}
