@@ -59,6 +59,7 @@ struct Inner {
     limits: BrokerLimits,
     boot_epoch: u64,
     next_subscription: AtomicU64,
+    next_connection: AtomicU64,
     stopping: CancellationToken,
 }
 
@@ -77,6 +78,7 @@ impl Broker {
             limits,
             boot_epoch,
             next_subscription: AtomicU64::new(1),
+            next_connection: AtomicU64::new(1),
             stopping: CancellationToken::new(),
         };
         Self { inner: Arc::new(inner) }
@@ -99,6 +101,11 @@ impl Broker {
     /// A fresh name for a share subscription.
     pub fn new_subscription(&self) -> SubscriptionId {
         SubscriptionId(self.inner.next_subscription.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// A number for a connection, larger than that of every older one.
+    pub fn new_connection(&self) -> u64 {
+        self.inner.next_connection.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Queues commands in order, without waiting. Each is answered at its responder.

@@ -153,10 +153,12 @@ pub enum Command {
         entries: Vec<AppendEntry>,
     },
 
-    // Consumer groups.
+    // Consumer groups. Of the connections of a member the newest counts: what comes late on an older one, which the member
+    // has left, is refused.
     GroupHeartbeat {
         group: String,
         member: String,
+        connection: u64,
         topics: Vec<String>,
         owned: Vec<PartitionKey>,
         generation: u64,
@@ -166,6 +168,7 @@ pub enum Command {
     CommitOffsets {
         group: String,
         member: String,
+        connection: u64,
         generation: u64,
         offsets: Vec<OffsetCommit>,
     },

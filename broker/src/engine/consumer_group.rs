@@ -27,6 +27,8 @@ pub(crate) struct Member {
     pub(crate) last_seen_ms: u64,
     /// A session timer is set.
     pub(crate) watched: bool,
+    /// The newest on which it was heard; none after a start.
+    pub(crate) connection: u64,
 }
 
 #[derive(Debug, Default)]
@@ -172,6 +174,7 @@ impl ConsumerGroup {
                     holding: holding.collect(),
                     last_seen_ms: known.map_or(0, |known| known.last_seen_ms),
                     watched: known.is_some_and(|known| known.watched),
+                    connection: known.map_or(0, |known| known.connection),
                 };
                 (Arc::from(row.member.as_str()), member)
             })

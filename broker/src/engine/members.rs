@@ -16,12 +16,29 @@ use crate::plants::planted;
 const MAX_METADATA_BYTES: usize = 4096;
 
 impl Engine {
+    /// Refuses what comes on another connection than the newest of a member: it is late, and would undo what came after it.
+    pub(super) fn meet_member(
+        &mut self,
+        name: &str,
+        member: &str,
+        connection: u64,
+    ) -> Result<(), EngineError> {
+        let group = self.consumers.get_mut(name);
+        let Some(entry) = group.and_then(|group| group.members.get_mut(member)) else { return Ok(()) };
+        if connection < entry.connection {
+            return Err(EngineError::MemberFenced(member.to_owned()));
+        }
+        entry.connection = connection;
+        Ok(())
+    }
+
     #[expect(clippy::too_many_arguments, reason = "the fields of one command")]
     pub(super) fn group_heartbeat(
         &mut self,
         now: Now,
         name: &str,
         member: &str,
+        connection: u64,
         topics: Vec<String>,
         owned: &[PartitionKey],
         generation: u64,
@@ -68,6 +85,7 @@ impl Engine {
         };
         let entry = group.members.entry(member.into()).or_default();
         entry.last_seen_ms = now.monotonic_ms;
+        entry.connection = connection;
         entry.topics = topics;
         entry.holding = claims.into_iter().collect();
         let catalog = &self.catalog;

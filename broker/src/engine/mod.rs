@@ -365,12 +365,16 @@ impl Engine {
                 (results, level) = self.append(lsn, asked, entries, out);
                 Ok(Reply::Appended(results))
             }
-            Command::GroupHeartbeat { group, member, topics, owned, generation, leave } => {
-                self.group_heartbeat(now, &group, &member, topics, &owned, generation, leave, out)
+            Command::GroupHeartbeat { group, member, connection, topics, owned, generation, leave } => {
+                self.meet_member(&group, &member, connection).and_then(|()| {
+                    self.group_heartbeat(
+                        now, &group, &member, connection, topics, &owned, generation, leave, out,
+                    )
+                })
             }
-            Command::CommitOffsets { group, member, generation, offsets } => {
-                self.commit_offsets(now, &group, &member, generation, offsets, out)
-            }
+            Command::CommitOffsets { group, member, connection, generation, offsets } => self
+                .meet_member(&group, &member, connection)
+                .and_then(|()| self.commit_offsets(now, &group, &member, generation, offsets, out)),
             Command::FetchOffsets { group, partitions } => self.fetch_offsets(&group, &partitions),
             Command::CreateShareGroup { group, topics, config, from_end } => {
                 self.create_share_group(now, &group, &topics, &config, from_end, out)

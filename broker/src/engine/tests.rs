@@ -121,6 +121,7 @@ fn a_commit_beyond_the_end_is_refused() {
     let reply = bench.ask(Command::CommitOffsets {
         group: "readers".to_owned(),
         member: String::new(),
+        connection: 0,
         generation: 0,
         offsets: vec![commit(5), commit(6)],
     });
@@ -133,6 +134,49 @@ fn a_commit_beyond_the_end_is_refused() {
 }
 
 #[test]
+fn a_commit_that_comes_late_on_a_connection_that_its_member_has_left_is_refused() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.append(None, 5).unwrap();
+    let heartbeat = |bench: &mut Bench, connection, leave| {
+        bench.ask(Command::GroupHeartbeat {
+            group: "readers".to_owned(),
+            member: "a".to_owned(),
+            connection,
+            topics: vec!["orders".to_owned()],
+            owned: vec![P0],
+            generation: 1,
+            leave,
+        })
+    };
+    let commit = |bench: &mut Bench, connection, offset| {
+        bench.ask(Command::CommitOffsets {
+            group: "readers".to_owned(),
+            member: "a".to_owned(),
+            connection,
+            generation: 1,
+            offsets: vec![OffsetCommit { partition: P0, offset, metadata: String::new() }],
+        })
+    };
+    let fenced = Reply::Error(EngineError::MemberFenced("a".to_owned()));
+    heartbeat(&mut bench, 1, false);
+    assert_eq!(commit(&mut bench, 1, 2), Reply::OffsetsCommitted(vec![Ok(())]));
+    assert_eq!(commit(&mut bench, 2, 4), Reply::OffsetsCommitted(vec![Ok(())]));
+    assert_eq!(commit(&mut bench, 1, 3), fenced);
+    assert_eq!(heartbeat(&mut bench, 1, true), fenced);
+    // One that was made before the member was, and is heard of after it.
+    heartbeat(&mut bench, 2, true);
+    heartbeat(&mut bench, 3, false);
+    assert_eq!(commit(&mut bench, 2, 3), fenced);
+    let reply = bench.ask(Command::FetchOffsets { group: "readers".to_owned(), partitions: Vec::new() });
+    let Reply::Offsets(offsets) = reply else { panic!() };
+    assert_eq!(offsets[0].offset, 4);
+    // No connection outlives the broker.
+    bench.reopen();
+    assert!(matches!(heartbeat(&mut bench, 1, false), Reply::Heartbeat { .. }));
+}
+
+#[test]
 fn a_member_that_leaves_does_not_end_the_sessions_of_the_others() {
     let mut bench = Bench::new();
     bench.topic(&[]);
@@ -140,6 +184,7 @@ fn a_member_that_leaves_does_not_end_the_sessions_of_the_others() {
         bench.ask(Command::GroupHeartbeat {
             group: "readers".to_owned(),
             member: member.to_owned(),
+            connection: 0,
             topics: vec!["orders".to_owned()],
             owned: Vec::new(),
             generation: 0,
@@ -199,6 +244,7 @@ fn a_member_cannot_claim_partitions_that_do_not_exist() {
     let reply = bench.ask(Command::GroupHeartbeat {
         group: "readers".to_owned(),
         member: "m".to_owned(),
+        connection: 0,
         topics: vec!["orders".to_owned()],
         owned: vec![
             P0,
@@ -225,6 +271,7 @@ fn a_group_that_knows_more_than_the_log_has_is_not_served_until_it_is_moved() {
     bench.ask(Command::CommitOffsets {
         group: "readers".to_owned(),
         member: String::new(),
+        connection: 0,
         generation: 0,
         offsets: vec![commit.clone()],
     });

@@ -80,6 +80,7 @@ impl Consumer {
             let command = Command::GroupHeartbeat {
                 group: self.group.clone(),
                 member: self.member.clone(),
+                connection: 0,
                 topics: self.topics.clone(),
                 owned: self.owned.keys().copied().collect(),
                 generation: self.generation,
@@ -96,6 +97,7 @@ impl Consumer {
             let command = Command::CommitOffsets {
                 group: self.group.clone(),
                 member: self.member.clone(),
+                connection: 0,
                 generation: self.generation,
                 offsets: news.clone(),
             };

@@ -106,17 +106,19 @@ impl World {
     fn look_at_copy(&mut self, shard: &Stepped, place: Rotten, path: &Path) {
         // The last frame that was found: the start has added one.
         let last = shard.written() - 1;
-        let all = self.written();
-        let cut = (self.shard.is_some() && last < all).then_some(last);
-        if let Some(last) = cut {
-            self.note(|| format!("cut behind {last} of {all}"));
+        let sure = self.written();
+        // Without a shard: some of those may be gone with the power.
+        let all = if self.shard.is_some() { sure } else { self.told.keys().last().copied().unwrap_or(sure) };
+        let cut = (last < all).then_some(last);
+        if last < sure {
+            self.note(|| format!("cut behind {last} of {sure}"));
             assert!(
                 // A frame may refer to the log for its batches.
                 place != Rotten::Checkpoint,
                 "frames behind {last} are gone with a bit in {}",
                 path.display()
             );
-            self.check_cut(last);
+            self.check_cut(last, sure);
             self.coverage.meet("recovery", "damaged end cut");
         }
         let broker = shard.broker(1 << 20, limits());
@@ -126,6 +128,12 @@ impl World {
                 assert!(cut.is_some(), "{key} is gone with a bit in {}", path.display());
                 continue;
             };
+            let log_start = view.log_start();
+            assert!(
+                log.may_start_at(log_start),
+                "{key} starts at {log_start} with a bit in {}",
+                path.display()
+            );
             let mut found = BTreeSet::new();
             let (mut records, mut damage) = (BTreeMap::new(), false);
             read_around_damage(
@@ -147,11 +155,11 @@ impl World {
             );
             if log.is_compacted() {
                 // What is damaged may be what superseded something.
-                let left = if damage { Ok(0) } else { log.compacted(cut, records).check() };
+                let left = if damage { Ok(0) } else { log.compacted(cut, log_start, records).check() };
                 assert!(left.is_ok(), "{key} with a bit in {}: {left:?}", path.display());
                 continue;
             }
-            for (offset, entry) in log.must_have(cut) {
+            for (offset, entry) in log.must_have(cut, log_start) {
                 assert!(
                     found.contains(&offset),
                     "offset {offset} of {key} is missing without a word, with a bit in {}: {entry:?}",
@@ -174,9 +182,13 @@ impl World {
         }
     }
 
-    /// Frames behind `last` were cut: then nothing that is left may say that the first of them was synced.
-    fn check_cut(&self, last: Lsn) {
-        let witness = self.told.range(last + 2..).find(|(_, synced)| **synced > last);
+    /// Frames behind `last` were cut: then none up to `sure` that is left may say that the first of them was synced.
+    fn check_cut(&self, last: Lsn, sure: Lsn) {
+        let witness = self
+            .told
+            .range(last + 2..)
+            .take_while(|(lsn, _)| **lsn <= sure)
+            .find(|(_, synced)| **synced > last);
         assert!(
             witness.is_none(),
             "frames behind {last} are cut, though {witness:?} says that they were synced"

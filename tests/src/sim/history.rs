@@ -197,9 +197,8 @@ impl History {
             "{name} {key} starts at {log_start}, and {} was answered",
             log.deleted
         );
-        let retention = matches!(log.kind, Kind::Standard { retention: true, .. } | Kind::Letters);
         assert!(
-            log_start <= log.deletable || retention,
+            log.may_start_at(log_start),
             "{name} {key} starts at {log_start}, and at most {} was to be deleted",
             log.deletable
         );
@@ -412,19 +411,31 @@ impl Log {
         self.entries.range(offset + 1..).next().map(|(at, _)| *at)
     }
 
-    /// What must be there in a copy of the disk that has lost its power, or of which the journal behind a frame is gone.
-    pub(crate) fn must_have(&self, last: Option<Lsn>) -> impl Iterator<Item = (u64, &Entry)> {
+    /// Whether all below the offset may have been deleted.
+    pub(crate) fn may_start_at(&self, log_start: u64) -> bool {
+        let retention = matches!(self.kind, Kind::Standard { retention: true, .. } | Kind::Letters);
+        log_start <= self.deletable || retention
+    }
+
+    /// What must be there in a copy of the disk that has lost its power, or of which the journal behind a frame is gone, when
+    /// the log starts at `log_start` there: a deletion that nobody was told of may be in it.
+    pub(crate) fn must_have(&self, last: Option<Lsn>, log_start: u64) -> impl Iterator<Item = (u64, &Entry)> {
         let sure = move |entry: &Entry| entry.needs == 0 && last.is_none_or(|last| entry.known <= last);
         self.entries
-            .range(self.log_start..)
+            .range(self.log_start.max(log_start)..)
             .filter(move |(_, entry)| sure(entry))
             .map(|(at, entry)| (*at, entry))
     }
 
     /// What compaction may have left in such a copy, of which this was found.
-    pub(crate) fn compacted(&self, last: Option<Lsn>, found: BTreeMap<u64, Identity>) -> Compacted<'_> {
-        let sure: BTreeSet<u64> = self.must_have(last).map(|(at, _)| at).collect();
-        let known = self.entries.range(self.log_start..);
+    pub(crate) fn compacted(
+        &self,
+        last: Option<Lsn>,
+        log_start: u64,
+        found: BTreeMap<u64, Identity>,
+    ) -> Compacted<'_> {
+        let sure: BTreeSet<u64> = self.must_have(last, log_start).map(|(at, _)| at).collect();
+        let known = self.entries.range(self.log_start.max(log_start)..);
         let known = known.map(|(at, entry)| (*at, entry.identity, sure.contains(at))).collect();
         Compacted { known, found, unheard: &self.unheard }
     }

@@ -437,6 +437,10 @@ impl World {
                 *subscription = broker.new_subscription();
                 served.subscriptions.push(*subscription);
             }
+            Command::GroupHeartbeat { connection: on, .. }
+            | Command::CommitOffsets { connection: on, .. } => {
+                *on = connection;
+            }
             Command::ShareCredit { subscription, .. } => match served.subscriptions.last() {
                 Some(last) => *subscription = *last,
                 None => return,

@@ -35,6 +35,7 @@ const PIN_FACTOR: usize = 4;
 #[derive(Debug)]
 pub(super) struct Dispatcher {
     broker: Broker,
+    connection: u64,
     outbox: Arc<Outbox>,
     shares: Arc<Shares>,
     ordered: HashMap<u64, Ordered>,
@@ -68,6 +69,7 @@ impl Dispatcher {
         max_frame_bytes: u32,
     ) -> Self {
         Self {
+            connection: broker.new_connection(),
             broker,
             outbox,
             shares,
@@ -197,6 +199,7 @@ impl Dispatcher {
                 Command::GroupHeartbeat {
                     group: request.group,
                     member: request.member_id,
+                    connection: self.connection,
                     topics: request.topics,
                     owned: convert::partition_keys(&request.owned)?,
                     generation: request.generation,
@@ -212,6 +215,7 @@ impl Dispatcher {
                 Command::CommitOffsets {
                     group: request.group,
                     member: request.member_id,
+                    connection: self.connection,
                     generation: request.generation,
                     offsets: offsets.collect::<Result<_, wire::Error>>()?,
                 }

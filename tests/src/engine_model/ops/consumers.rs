@@ -51,6 +51,7 @@ impl World {
         let command = Command::GroupHeartbeat {
             group: group.to_owned(),
             member: member.to_owned(),
+            connection: 0,
             topics: topics.clone(),
             owned: owned.iter().copied().collect(),
             generation,
@@ -115,6 +116,7 @@ impl World {
         let command = Command::CommitOffsets {
             group: group.clone(),
             member: member.clone(),
+            connection: 0,
             generation,
             offsets: offsets.clone(),
         };
