@@ -10,7 +10,7 @@ use felucca_protocol::batch::{self, BatchHeader};
 use super::effect::{SegmentName, SegmentWrite};
 use super::error::EngineError;
 use super::event::{PartitionRow, ProducerBatchRow, ProducerRow, SegmentRow};
-use super::types::{Level, PartitionKey};
+use super::types::{Level, PartitionKey, RESUME_STEP};
 
 /// Batches remembered per producer: as many as a producer may have in flight (Kafka's `max.in.flight.requests` with
 /// idempotence).
@@ -171,7 +171,8 @@ impl Partition {
 
     /// The ceiling to raise to before more is shown unsynced, if it is time.
     pub(crate) fn next_ceiling(&self) -> Option<u64> {
-        (self.end + CEILING_MARGIN > self.ceiling).then_some(self.end + CEILING_AHEAD)
+        (self.end + CEILING_MARGIN > self.ceiling)
+            .then_some((self.end + CEILING_AHEAD).next_multiple_of(RESUME_STEP))
     }
 
     /// The level before which offsets below `end` may not be shown: a power loss must not make room for others there.

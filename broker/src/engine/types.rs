@@ -46,6 +46,10 @@ impl fmt::Debug for PartitionKey {
     }
 }
 
+/// Every offset at which a partition resumes with a higher epoch is a multiple of it: nothing else vouches for that offset in the
+/// log, and few other numbers look like one.
+pub(crate) const RESUME_STEP: u64 = 8 << 20;
+
 /// Number of a journal frame: the first is 1, each next is one more. 0 = before every frame.
 pub type Lsn = u64;
 

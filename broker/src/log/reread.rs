@@ -206,7 +206,7 @@ mod tests {
     /// Batches of ten offsets each.
     fn run(partition: PartitionKey, base_offset: u64, batches: u64) -> Vec<PlacedBatch> {
         let name = SegmentName { partition, base_offset: 0, generation: 0 };
-        let segment = Arc::new(Segment::new(name, 0, false));
+        let segment = Arc::new(Segment::new(name, 0, u64::MAX, false));
         let batch = |at: u64| PlacedBatch {
             segment: Arc::clone(&segment),
             position: 0,

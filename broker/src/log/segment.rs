@@ -55,6 +55,8 @@ enum State {
 #[derive(Debug)]
 pub(super) struct Segment {
     name: SegmentName,
+    /// What was written before this process started is of offsets below.
+    bound: u64,
     state: Mutex<State>,
     /// Bytes including those that wait to be written.
     staged_end: AtomicU64,
@@ -72,8 +74,8 @@ pub(super) struct Segment {
 }
 
 impl Segment {
-    /// A segment of which `end` bytes were written before, `sealed` when another one follows.
-    pub(super) fn new(name: SegmentName, end: u64, sealed: bool) -> Self {
+    /// A segment of which `end` bytes were written before, of offsets below `bound`; `sealed` when another one follows.
+    pub(super) fn new(name: SegmentName, end: u64, bound: u64, sealed: bool) -> Self {
         let state = if sealed {
             State::Sealed { end, max_timestamp: None }
         } else {
@@ -81,6 +83,7 @@ impl Segment {
         };
         Self {
             name,
+            bound,
             state: Mutex::new(state),
             staged_end: AtomicU64::new(end),
             prepared: AtomicBool::new(false),
@@ -295,7 +298,7 @@ impl Segment {
             State::Growing { head, .. } if *head > 0 => *head,
             _ => return Ok(()),
         };
-        let mut whole = walk::rebuild(files, self.name, end)?;
+        let mut whole = walk::rebuild(files, self.name, end, self.bound)?;
         if let State::Growing { index, head } = &mut *self.state.lock() {
             whole.extend(index);
             *index = whole;
@@ -333,7 +336,7 @@ impl Segment {
             Ok(index) => Arc::new(index),
             Err(reason) => {
                 warn!(path = %path.display(), reason, "an index is rebuilt from its segment");
-                let index = Arc::new(walk::rebuild(files, self.name, end)?);
+                let index = Arc::new(walk::rebuild(files, self.name, end, self.bound)?);
                 // Only saves the next one the work.
                 if !index.is_damaged()
                     && let Err(error) = files.write_index(self.name, &index.encode(self.name.base_offset))

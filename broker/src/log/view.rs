@@ -75,8 +75,10 @@ pub struct ReadView {
 impl ReadView {
     /// Everything below the end of the partition is visible at first.
     pub(super) fn new(context: Arc<LogContext>, info: &PartitionInfo) -> Self {
-        let newest = info.segments.len().saturating_sub(1);
-        let segment = |(at, &(name, bytes))| Arc::new(Segment::new(name, bytes, at < newest));
+        let segment = |(at, &(name, bytes)): (usize, &(SegmentName, u64))| {
+            let next = info.segments.get(at + 1).map(|(next, _)| next.base_offset);
+            Arc::new(Segment::new(name, bytes, next.unwrap_or(info.end), next.is_some()))
+        };
         let segments: Vec<_> = info.segments.iter().enumerate().map(segment).collect();
         Self {
             partition: info.partition,
@@ -378,7 +380,7 @@ impl ReadView {
 
     /// Adds the segment that grows from now on.
     pub(super) fn add_segment(&self, name: SegmentName) {
-        let added = Arc::new(Segment::new(name, 0, false));
+        let added = Arc::new(Segment::new(name, 0, u64::MAX, false));
         self.segments.rcu(|segments| segments.iter().chain([&added]).map(Arc::clone).collect::<Vec<_>>());
     }
 
@@ -393,7 +395,7 @@ impl ReadView {
     /// Puts complete segments into the place of neighbouring ones; readers in the middle of one of those finish.
     pub(super) fn replace_segments(&self, removed: &[SegmentName], added: &[(SegmentName, u64)]) {
         let added: Vec<_> =
-            added.iter().map(|(name, bytes)| Arc::new(Segment::new(*name, *bytes, true))).collect();
+            added.iter().map(|(name, bytes)| Arc::new(Segment::new(*name, *bytes, u64::MAX, true))).collect();
         let last = removed.iter().map(|name| name.base_offset).max().unwrap_or(0);
         let mut end = None;
         self.segments.rcu(|segments| {

@@ -2,8 +2,8 @@
 //!
 //! The base offset, the length and the epoch of a batch lie outside its CRC. They are vouched for by the chain: each
 //! batch begins where the one before ends, each block where the index says, and offsets follow each other. A hole
-//! between offsets is legal only where the epoch rises: so the engine resumes after a crash took records that it had
-//! not promised to keep.
+//! between offsets is legal only where the epoch rises, and ends at a multiple of [`RESUME_STEP`]: so the engine resumes after a
+//! crash took records that it had not promised to keep. Where the last batch ends is known from the engine.
 
 use std::io;
 use std::sync::Arc;
@@ -18,6 +18,7 @@ use super::index::{Block, Index};
 use super::segment::Segment;
 use crate::disk::DiskFile;
 use crate::engine::effect::SegmentName;
+use crate::engine::types::RESUME_STEP;
 use crate::plants::planted;
 
 /// Most bytes asked of the disk at once, unless a single batch is larger: it is memory of its reader.
@@ -80,8 +81,9 @@ impl Chain {
     /// Says what is wrong if the batch may not come next.
     fn check(&self, header: &BatchHeader) -> Result<(), String> {
         let next = self.next_offset;
-        let resumed =
-            header.base_offset > next && self.epoch.is_some_and(|epoch| header.partition_epoch > epoch);
+        let resumed = header.base_offset > next
+            && header.base_offset % RESUME_STEP == 0
+            && self.epoch.is_some_and(|epoch| header.partition_epoch > epoch);
         if header.base_offset == next || resumed {
             Ok(())
         } else {
@@ -194,15 +196,20 @@ fn fits(header: &BatchHeader, position: u64, end: u64) -> bool {
     header.length <= MAX_BATCH_BYTES && position + u64::from(header.length) <= end
 }
 
-/// Indexes the first `end` bytes of a segment, up to where they make no sense.
+/// Indexes the first `end` bytes of a segment, all of which are of offsets below `bound`, up to where they make no sense.
 ///
 /// A batch whose CRC is wrong does not hide those behind it, if they follow it exactly.
 ///
 /// # Errors
 /// The disk failed. Damage is in the index ([`Index::is_damaged`]), for those who read there.
-pub(super) fn rebuild(files: &SegmentFiles, name: SegmentName, end: u64) -> Result<Index, ReadError> {
+pub(super) fn rebuild(
+    files: &SegmentFiles,
+    name: SegmentName,
+    end: u64,
+    bound: u64,
+) -> Result<Index, ReadError> {
     let mut index = Index::starting_at(0, name.base_offset);
-    match index_batches(files, name, end, &mut index) {
+    match index_batches(files, name, end, bound, &mut index) {
         Err(error @ ReadError::Corrupt { .. }) => {
             error!(%error, "a segment is damaged");
             index.push_damage(end);
@@ -216,6 +223,7 @@ fn index_batches(
     files: &SegmentFiles,
     name: SegmentName,
     end: u64,
+    bound: u64,
     index: &mut Index,
 ) -> Result<(), ReadError> {
     let mut chunks = Chunks::open(files, name, end)?;
@@ -234,6 +242,10 @@ fn index_batches(
                 return Err(corrupt(format!("a batch of {} bytes does not fit here", header.length)));
             }
             chain.check(&header).map_err(corrupt)?;
+            let last = header.last_offset();
+            if last >= bound {
+                return Err(corrupt(format!("offset {last} found, where none reaches {bound}")));
+            }
             let bytes = chunks.bytes(position, header.length as usize, REBUILD_AHEAD, offset)?;
             let damage = batch::check(&bytes).err().map(|error| corrupt(error.to_string()));
             Ok((header, damage))

@@ -163,3 +163,25 @@ fn a_flipped_bit_below_a_known_place_is_noticed_and_named() {
     assert!((29..=30).contains(&damaged[0].0) && damaged[0].1.to_string().contains("CRC"), "{damaged:?}");
     read(120).unwrap();
 }
+
+#[test]
+fn a_flipped_bit_in_the_offset_at_which_a_partition_resumed_is_noticed() {
+    for bit in 0..64 {
+        let disk = MemDisk::new();
+        let log = start(&disk, &forgetful());
+        let mut model = Model::new(0, 1 << 20);
+        model.create(&log);
+        model.append(&log, &[1, 1], 100);
+        let position = model.info.segments[0].1;
+        model.raise_epoch(1);
+        model.append(&log, &[2, 2], 100);
+        log.sync().unwrap();
+        log.shutdown().unwrap();
+        flip(&disk, &path(model.info.segments[0].0, "log"), position + 7 - bit / 8, (bit % 8) as u32);
+        let log = start(&disk, &forgetful());
+        log.restore(&model.info);
+        let view = model.view(&log);
+        assert!(matches!(view.read(2, 1), Err(ReadError::Corrupt { .. })), "bit {bit}");
+        assert_eq!(view.read(0, 1).unwrap().len(), 1);
+    }
+}

@@ -20,7 +20,7 @@ use crate::engine::PartitionInfo;
 use crate::engine::command::ScannedRecord;
 use crate::engine::effect::{Scan, SegmentName, SegmentWrite, ViewChange};
 use crate::engine::share::key_slot;
-use crate::engine::types::{PartitionKey, TopicId};
+use crate::engine::types::{PartitionKey, RESUME_STEP, TopicId};
 
 const ROOT: &str = "/log";
 
@@ -154,7 +154,7 @@ impl Model {
     /// Resumes higher up, as the engine does when a power loss may have taken offsets that it had shown.
     fn raise_epoch(&mut self, missing: u64) {
         self.epoch += 1;
-        self.info.end += missing;
+        self.info.end = (self.info.end + missing).next_multiple_of(RESUME_STEP);
     }
 
     /// Records of the visible batches: offset, timestamp, slot, size.
