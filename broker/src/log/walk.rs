@@ -82,7 +82,7 @@ impl Chain {
     fn check(&self, header: &BatchHeader) -> Result<(), String> {
         let next = self.next_offset;
         let resumed = header.base_offset > next
-            && header.base_offset % RESUME_STEP == 0
+            && header.base_offset.is_multiple_of(RESUME_STEP)
             && self.epoch.is_some_and(|epoch| header.partition_epoch > epoch);
         if header.base_offset == next || resumed {
             Ok(())

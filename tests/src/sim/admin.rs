@@ -1,5 +1,7 @@
 //! One who changes topics and groups: creates, fills and deletes a topic, deletes records, pauses, moves and kicks groups.
 
+use std::collections::BTreeSet;
+
 use felucca_broker::engine::command::{AppendEntry, Command, SeekTo};
 use felucca_broker::engine::effect::Reply;
 use felucca_broker::engine::error::EngineError;
@@ -26,6 +28,8 @@ pub(crate) struct Admin {
     /// Groups that may be paused, kicked and altered.
     pub(crate) groups: Vec<String>,
     paused: Option<String>,
+    /// Groups that may be paused although they were resumed: a pause may come late, on a connection that was left.
+    late: BTreeSet<String>,
     /// Topics whose records may be deleted.
     pub(crate) deletable: Vec<(String, PartitionKey)>,
 }
@@ -37,7 +41,7 @@ impl Admin {
 
     /// Whether everything is as clients need it.
     pub(crate) fn is_done(&self) -> bool {
-        self.paused.is_none()
+        self.paused.is_none() && self.late.is_empty()
     }
 
     pub(crate) fn act(
@@ -50,6 +54,9 @@ impl Admin {
     ) {
         if self.waits {
             return;
+        }
+        if calm && self.paused.is_none() {
+            self.paused = self.late.pop_first();
         }
         let asked = if calm { self.resume() } else { self.something(rng, known, history) };
         if let Some(asked) = asked {
@@ -79,6 +86,7 @@ impl Admin {
                 None => {
                     let group = rng.pick(&self.groups)?.clone();
                     self.paused = Some(group.clone());
+                    self.late.insert(group.clone());
                     Some((Asked::Admin { what: "pause" }, Command::PauseGroup { group, paused: true }))
                 }
             },
