@@ -17,7 +17,7 @@ use super::event::{self, event::Kind};
 use super::types::{Lsn, Now, PartitionKey, TopicId};
 
 impl Engine {
-    /// Creates a share group with its dead-letter topics, or adds topics to one that has the same settings.
+    /// Creates a share group with its dead-letter topics. One of that name is refused, whatever its settings.
     pub(in crate::engine) fn create_share_group(
         &mut self,
         now: Now,

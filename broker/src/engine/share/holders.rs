@@ -1,25 +1,41 @@
-//! Who holds how many leases in a group. Derived state: counted anew after a start.
+//! Who holds which leases in a group. Derived state: listed anew after a start.
+//!
+//! By member, so that one who comes back or is lost costs what it holds and nothing of what others hold.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use crate::engine::types::PartitionKey;
+
 /// What one member holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Holding {
-    pub(crate) leases: u64,
-    /// What it holds is to be alone: it gets nothing else.
-    pub(crate) alone: bool,
+#[derive(Debug, Default)]
+struct Holding {
+    leases: u64,
+    alone: bool,
+    offsets: BTreeMap<PartitionKey, BTreeSet<u64>>,
 }
+
+/// Bytes of a member's entry for one partition, and of one offset there, roughly.
+const PARTITION_BYTES: u64 = 256;
+const OFFSET_BYTES: u64 = 24;
 
 #[derive(Debug, Default)]
 pub(crate) struct Holders {
     by_member: BTreeMap<Arc<str>, Holding>,
     leases: u64,
+    /// Pairs of a member and a partition on which it holds leases.
+    pairs: u64,
 }
 
 impl Holders {
-    pub(crate) fn of(&self, member: &str) -> Holding {
-        self.by_member.get(member).copied().unwrap_or_default()
+    /// Leases of one member.
+    pub(crate) fn leases_of(&self, member: &str) -> u64 {
+        self.by_member.get(member).map_or(0, |holding| holding.leases)
+    }
+
+    /// What the member holds is to be alone: it gets nothing else.
+    pub(crate) fn is_alone(&self, member: &str) -> bool {
+        self.by_member.get(member).is_some_and(|holding| holding.alone)
     }
 
     /// Leases of all members together.
@@ -27,21 +43,84 @@ impl Holders {
         self.leases
     }
 
-    pub(crate) fn granted(&mut self, member: &Arc<str>, alone: bool) {
+    /// Those who hold leases.
+    pub(crate) fn members(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.by_member.keys()
+    }
+
+    /// The offsets that one member holds, ascending on each partition.
+    pub(crate) fn offsets_of(&self, member: &str) -> impl Iterator<Item = (PartitionKey, &BTreeSet<u64>)> {
+        let offsets = self.by_member.get(member).into_iter().flat_map(|holding| &holding.offsets);
+        offsets.map(|(key, offsets)| (*key, offsets))
+    }
+
+    /// Bytes of memory, roughly.
+    pub(crate) fn memory(&self) -> u64 {
+        self.pairs * PARTITION_BYTES + self.leases * OFFSET_BYTES
+    }
+
+    /// The member was leased these offsets.
+    pub(crate) fn granted(
+        &mut self,
+        member: &Arc<str>,
+        key: PartitionKey,
+        offsets: impl Iterator<Item = u64>,
+        alone: bool,
+    ) {
         let holding = self.by_member.entry(member.clone()).or_default();
-        holding.leases += 1;
-        self.leases += 1;
+        let known = holding.offsets.entry(key).or_insert_with(|| {
+            self.pairs += 1;
+            BTreeSet::new()
+        });
+        let before = known.len();
+        known.extend(offsets);
+        let added = (known.len() - before) as u64;
+        holding.leases += added;
+        self.leases += added;
         holding.alone |= alone;
     }
 
     /// A lease of the member ended.
-    pub(crate) fn ended(&mut self, member: &str) {
-        if let Some(holding) = self.by_member.get_mut(member) {
+    pub(crate) fn ended(&mut self, member: &str, key: &PartitionKey, offset: u64) {
+        let Some(holding) = self.by_member.get_mut(member) else { return };
+        let Some(offsets) = holding.offsets.get_mut(key) else { return };
+        if offsets.remove(&offset) {
             holding.leases -= 1;
             self.leases -= 1;
-            if holding.leases == 0 {
-                self.by_member.remove(member);
-            }
         }
+        if offsets.is_empty() {
+            holding.offsets.remove(key);
+            self.pairs -= 1;
+        }
+        if holding.leases == 0 {
+            self.by_member.remove(member);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::types::TopicId;
+
+    #[test]
+    fn what_has_ended_leaves_nothing_behind() {
+        let key = |partition| PartitionKey { topic: TopicId([1; 16]), partition };
+        let (a, b): (Arc<str>, Arc<str>) = ("a".into(), "b".into());
+        let mut holders = Holders::default();
+        holders.granted(&a, key(0), 0..100, false);
+        holders.granted(&a, key(1), [7].into_iter(), true);
+        holders.granted(&b, key(0), 100..200, false);
+        assert_eq!((holders.leases_of("a"), holders.leases_of("b"), holders.leases()), (101, 100, 201));
+        assert!(holders.is_alone("a") && !holders.is_alone("b"));
+        let of_a: Vec<(PartitionKey, usize)> =
+            holders.offsets_of("a").map(|(key, offsets)| (key, offsets.len())).collect();
+        assert_eq!(of_a, [(key(0), 100), (key(1), 1)]);
+        for offset in 0..200 {
+            holders.ended(if offset < 100 { "a" } else { "b" }, &key(0), offset);
+        }
+        assert_eq!(holders.members().collect::<Vec<_>>(), [&a]);
+        holders.ended("a", &key(1), 7);
+        assert_eq!((holders.leases(), holders.memory(), holders.members().count()), (0, 0, 0));
     }
 }

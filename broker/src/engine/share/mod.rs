@@ -3,7 +3,7 @@
 //! [`state`] is the fold of events and knows what became of each record; [`queue`] derives from it what may be handed out,
 //! with [`chains`] for the order of keys and [`deadlines`] for what is due; [`budget`] bounds the memory of all of it;
 //! [`settle`] decides what a settlement does (the reply table), for repetitions with the help of [`recent`]; [`holders`]
-//! counts who holds what and [`outage`] tells when all fail; [`group`] ties them to members, credit and timers.
+//! knows who holds what and [`outage`] tells when all fail; [`group`] ties them to members, credit and timers.
 
 pub(crate) mod acks;
 pub(crate) mod budget;

@@ -98,7 +98,7 @@ impl Queue {
         }
         for (&offset, exception) in state.exceptions() {
             match exception.state {
-                ExceptionState::Scheduled { due_ms } => queue.deadlines.scheduled(state, offset, due_ms),
+                ExceptionState::Scheduled { due_ms } => queue.deadlines.scheduled(offset, due_ms),
                 ExceptionState::Exhausted => {
                     queue.letters.insert(offset);
                 }
@@ -374,8 +374,18 @@ impl Queue {
         }
     }
 
-    pub(crate) fn scheduled(&mut self, state: &ShareState, offset: u64, due_ms: u64) {
-        self.deadlines.scheduled(state, offset, due_ms);
+    pub(crate) fn scheduled(&mut self, offset: u64, due_ms: u64) {
+        self.deadlines.scheduled(offset, due_ms);
+    }
+
+    /// The record is not scheduled any more, before its time.
+    pub(crate) fn unscheduled(&mut self, offset: u64, due_ms: u64) {
+        self.deadlines.unscheduled(offset, due_ms);
+    }
+
+    /// No record is scheduled any more.
+    pub(crate) fn none_scheduled(&mut self) {
+        self.deadlines.none_scheduled();
     }
 
     pub(crate) fn exhausted(&mut self, offset: u64) {

@@ -88,7 +88,7 @@ impl ShareGroup {
         if let Some(subscription) = self.subscriptions.get(&id)
             && subscription.has_credit()
         {
-            let alone = self.ledger.holders.of(&subscription.member).alone;
+            let alone = self.ledger.holders.is_alone(&subscription.member);
             let open = !alone && self.reserved != Some(id);
             (if open { &mut self.takers } else { &mut self.withheld }).insert(id);
         }
@@ -133,9 +133,7 @@ impl ShareGroup {
             self.subscriptions.get(id).is_some_and(|subscription| {
                 let in_turn = self.ready.is_empty() || !subscription.had_alone;
                 let chosen = in_turn || self.reserved == Some(*id);
-                chosen
-                    && subscription.has_credit()
-                    && self.ledger.holders.of(&subscription.member).leases == 0
+                chosen && subscription.has_credit() && self.leases_of(&subscription.member) == 0
             })
         };
         self.reserved.filter(is_free).or_else(|| self.takers.iter().copied().find(is_free))
@@ -143,16 +141,16 @@ impl ShareGroup {
 
     /// When a record waits to be granted alone and no member is free, one of them gets nothing more until it is.
     fn reserve(&mut self) {
-        let holding = |subscription: &Subscription| self.ledger.holders.of(&subscription.member);
+        let leases = |subscription: &Subscription| self.leases_of(&subscription.member);
+        let is_alone = |subscription: &Subscription| self.ledger.holders.is_alone(&subscription.member);
         // One that neither has credit nor will have it by settling something is waited for in vain.
-        let hopeful =
-            |subscription: &Subscription| subscription.has_credit() || holding(subscription).leases > 0;
+        let hopeful = |subscription: &Subscription| subscription.has_credit() || leases(subscription) > 0;
         let kept = self.reserved.and_then(|id| self.subscriptions.get(&id)).is_some_and(hopeful);
         if self.alone.is_empty() || kept {
             return;
         }
-        let candidates = self.subscriptions.iter().filter(|(_, one)| hopeful(one) && !holding(one).alone);
-        let chosen = candidates.min_by_key(|(_, one)| (!one.has_credit(), holding(one).leases));
+        let candidates = self.subscriptions.iter().filter(|(_, one)| hopeful(one) && !is_alone(one));
+        let chosen = candidates.min_by_key(|(_, one)| (!one.has_credit(), leases(one)));
         let former = std::mem::replace(&mut self.reserved, chosen.map(|(id, _)| *id));
         for id in former.into_iter().chain(self.reserved) {
             self.offer(id);
@@ -265,12 +263,13 @@ impl ShareGroup {
                     size: ready.size,
                 },
             );
-            self.ledger.holders.granted(&subscription.member, alone);
             self.ledger.outage.granted();
             let (deliveries, failures) = partition.state.attempts(ready.offset);
             records.push(DeliveredRecord { offset: ready.offset, deliveries, failures });
         }
-        partition.queue.leased(taken.iter().map(|ready| ready.offset), deadline_ms);
+        let offsets = || taken.iter().map(|ready| ready.offset);
+        self.ledger.holders.granted(&subscription.member, key, offsets(), alone);
+        partition.queue.leased(offsets(), deadline_ms);
         let keyed = taken.iter().any(|ready| ready.slot.is_some());
         stage.event(Kind::Granted(Granted {
             group: self.name.to_string(),
@@ -282,7 +281,7 @@ impl ShareGroup {
             granted_ms: now_ms,
             deadline_ms,
             wall_ms: stage.now.wall_ms,
-            offset_deltas: to_deltas(taken.iter().map(|ready| ready.offset).collect()),
+            offset_deltas: to_deltas(offsets().collect()),
             slots: if keyed {
                 taken.iter().map(|ready| stored_slot(ready.slot)).collect()
             } else {

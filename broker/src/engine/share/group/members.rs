@@ -43,7 +43,7 @@ impl ShareGroup {
     }
 
     pub(crate) fn leases_of(&self, member: &str) -> u64 {
-        self.ledger.holders.of(member).leases
+        self.ledger.holders.leases_of(member)
     }
 
     /// Opens a subscription. Live leases of the member that it does not name in `held` go back without a failure, and older
@@ -67,18 +67,21 @@ impl ShareGroup {
         }
         let held: BTreeSet<(PartitionKey, u64, LeaseId)> =
             held.iter().map(|lease| (lease.partition, lease.offset, lease.lease)).collect();
-        // Most members come without leases.
-        let holds_any = self.leases_of(&member) > 0;
-        let keys: Vec<PartitionKey> = self.partitions.keys().copied().filter(|_| holds_any).collect();
-        for key in keys {
-            let on_exhausted = self.on_exhausted(&key.topic);
+        let mut released = Vec::new();
+        for (key, offsets) in self.ledger.holders.offsets_of(&member) {
             let Some(partition) = self.partitions.get(&key) else { continue };
-            let unknown = partition.state.leases().iter().filter(|(offset, lease)| {
-                lease.member == member && !held.contains(&(key, **offset, lease.id))
-            });
-            let desk = partition.desk(&self.ledger, &self.config, on_exhausted, stage.now);
-            let released = unknown.map(|(offset, _)| settle::forgotten(&desk, *offset)).collect();
-            self.commit_changes(stage, key, Vec::new(), released);
+            let is_named = |offset: u64| {
+                partition.state.lease(offset).is_none_or(|lease| held.contains(&(key, offset, lease.id)))
+            };
+            let desk = partition.desk(&self.ledger, &self.config, self.on_exhausted(&key.topic), stage.now);
+            let unnamed = offsets.iter().copied().filter(|offset| !is_named(*offset));
+            let changes: Vec<_> = unnamed.map(|offset| settle::forgotten(&desk, offset)).collect();
+            if !changes.is_empty() {
+                released.push((key, changes));
+            }
+        }
+        for (key, changes) in released {
+            self.commit_changes(stage, key, Vec::new(), changes);
         }
         let (credit_records, credit_bytes) = (i64::from(credit.0), i64::from(credit.1));
         let subscription = Subscription { member, credit_records, credit_bytes, had_alone: false };
@@ -147,11 +150,7 @@ impl ShareGroup {
         if self.corrupt.is_some() {
             return;
         }
-        let holders: BTreeSet<Arc<str>> = self
-            .partitions
-            .values()
-            .flat_map(|partition| partition.state.leases().values().map(|lease| lease.member.clone()))
-            .collect();
+        let holders: Vec<Arc<str>> = self.ledger.holders.members().cloned().collect();
         for member in holders {
             self.join(stage, &member);
         }

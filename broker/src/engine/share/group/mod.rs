@@ -20,7 +20,7 @@ use super::outage::Outage;
 use super::queue::{Queue, push_gap};
 use super::recent::{Recent, SettledAs};
 use super::settle::Desk;
-use super::state::{Cause, Ended, ShareState, change};
+use super::state::{Cause, Ended, ExceptionState, ShareState, change};
 use crate::engine::config::{EngineSettings, OnExhausted, ShareConfig};
 use crate::engine::effect::ShareAlarm;
 use crate::engine::event::{RecordChange, Settled, event::Kind};
@@ -33,6 +33,7 @@ const READ_RETRY_MS: u64 = 1_000;
 /// The group on one partition.
 #[derive(Debug)]
 pub(crate) struct SharePartition {
+    key: PartitionKey,
     pub(crate) state: ShareState,
     pub(crate) queue: Queue,
     charge: Charge,
@@ -43,9 +44,10 @@ pub(crate) struct SharePartition {
 }
 
 impl SharePartition {
-    fn new(state: ShareState, ordered: bool, budget: &Budget) -> Self {
+    fn new(key: PartitionKey, state: ShareState, ordered: bool, budget: &Budget) -> Self {
         let queue = Queue::rebuild(&state, ordered, budget);
-        let mut partition = Self { state, queue, charge: budget.charge(), armed: None, watched: false };
+        let charge = budget.charge();
+        let mut partition = Self { key, state, queue, charge, armed: None, watched: false };
         partition.account();
         partition
     }
@@ -173,15 +175,15 @@ impl ShareGroup {
 
     pub(crate) fn put_partition(&mut self, key: PartitionKey, state: ShareState) {
         self.remove_partition(&key);
-        let partition = SharePartition::new(state, self.config.ordered, &self.budget);
+        let partition = SharePartition::new(key, state, self.config.ordered, &self.budget);
         self.partitions.insert(key, Box::new(partition));
         self.unscanned.insert(key);
     }
 
     pub(crate) fn remove_partition(&mut self, key: &PartitionKey) {
         if let Some(partition) = self.partitions.remove(key) {
-            for lease in partition.state.leases().values() {
-                self.ledger.holders.ended(&lease.member);
+            for (offset, lease) in partition.state.leases() {
+                self.ledger.holders.ended(&lease.member, key, *offset);
                 self.ledger.outage.ended(lease.granted_ms);
             }
         }
@@ -235,7 +237,7 @@ impl ShareGroup {
             self.unscanned.insert(*key);
             for (offset, lease) in partition.state.leases() {
                 let alone = partition.state.exception(*offset).is_some_and(|exception| exception.alone);
-                self.ledger.holders.granted(&lease.member, alone);
+                self.ledger.holders.granted(&lease.member, *key, [*offset].into_iter(), alone);
             }
         }
         let leases = self.partitions.values().flat_map(|partition| partition.state.leases().values());
@@ -400,7 +402,8 @@ impl ShareGroup {
             self.ledger.recent.forget_some();
         }
         let members = self.members.len() * (size_of::<Member>() + size_of::<Subscription>() + 200);
-        self.charge.set((size_of::<Self>() + members) as u64 + self.ledger.recent.memory());
+        let ledger = self.ledger.recent.memory() + self.ledger.holders.memory();
+        self.charge.set((size_of::<Self>() + members) as u64 + ledger);
         if !self.forgetting
             && let Some(at) = self.ledger.recent.forget_at()
         {
@@ -511,7 +514,7 @@ impl SharePartition {
             ledger.outage.note(true, config, now_ms);
         }
         match change.kind {
-            change::SCHEDULED => self.queue.scheduled(&self.state, offset, change.until_ms),
+            change::SCHEDULED => self.queue.scheduled(offset, change.until_ms),
             change::EXHAUSTED => self.queue.exhausted(offset),
             change::HELD => self.queue.held(offset),
             change::AVAILABLE => self.queue.available(&self.state, offset, slot),
@@ -524,12 +527,18 @@ impl SharePartition {
     fn end_lease(&mut self, ledger: &mut Ledger, offset: u64) -> Option<u16> {
         match self.state.lease(offset) {
             Some(lease) => {
-                ledger.holders.ended(&lease.member);
+                ledger.holders.ended(&lease.member, &self.key, offset);
                 ledger.outage.ended(lease.granted_ms);
                 self.queue.lease_ended(&self.state, lease.deadline_ms);
                 lease.slot
             }
-            None => self.state.exception(offset).and_then(|exception| exception.slot),
+            None => {
+                let exception = self.state.exception(offset)?;
+                if let ExceptionState::Scheduled { due_ms } = exception.state {
+                    self.queue.unscheduled(offset, due_ms);
+                }
+                exception.slot
+            }
         }
     }
 }

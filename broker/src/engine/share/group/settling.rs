@@ -2,7 +2,6 @@
 
 use super::{READ_RETRY_MS, ShareGroup};
 use crate::engine::command::{HeldFate, LeaseRef, Outcome, Settlement};
-use crate::engine::config::OnExhausted;
 use crate::engine::dead_letter::DeadLetterContext;
 use crate::engine::effect::{DeadLetterRead, SettleResult, SettleStatus};
 use crate::engine::event::{RecordChange, Settled, ShareKicked, event::Kind};
@@ -199,20 +198,21 @@ impl ShareGroup {
 
     /// Fails leases of a member that is lost, as many as may be in one step. Answers how many.
     pub(super) fn member_lost(&mut self, stage: &mut Stage<'_>, member: &str) -> usize {
-        let mut failed = 0;
-        let on_exhausted: Vec<(PartitionKey, OnExhausted)> =
-            self.partitions.keys().map(|key| (*key, self.on_exhausted(&key.topic))).collect();
-        for (key, on_exhausted) in on_exhausted {
-            let Some(partition) = self.partitions.get_mut(&key) else { continue };
-            let room = (DUE_PER_STEP - failed).min(self.ledger.holders.of(member).leases as usize);
+        let mut lost = Vec::new();
+        let mut room = DUE_PER_STEP;
+        for (key, offsets) in self.ledger.holders.offsets_of(member) {
+            let offsets: Vec<u64> = offsets.iter().copied().take(room).collect();
+            room -= offsets.len();
+            lost.push((key, offsets));
             if room == 0 {
                 break;
             }
-            let lost = partition.state.leases().iter().filter(|(_, lease)| &*lease.member == member);
-            let lost: Vec<u64> = lost.map(|(offset, _)| *offset).take(room).collect();
-            failed += lost.len();
-            let mut changes = Vec::with_capacity(lost.len());
-            for offset in lost {
+        }
+        for (key, offsets) in lost {
+            let on_exhausted = self.on_exhausted(&key.topic);
+            let Some(partition) = self.partitions.get_mut(&key) else { continue };
+            let mut changes = Vec::with_capacity(offsets.len());
+            for offset in offsets {
                 let (ledger, config) = (&mut self.ledger, &self.config);
                 let desk = partition.desk(ledger, config, on_exhausted, stage.now);
                 let change = settle::failure(&desk, offset, Failure::lapsed(Cause::MemberLost));
@@ -221,7 +221,7 @@ impl ShareGroup {
             }
             self.push_settled(stage, key, &[], Settled { changes, ..Settled::default() });
         }
-        failed
+        DUE_PER_STEP - room
     }
 
     /// An operator wants every scheduled record of the partition now. Answers how many there were.
@@ -231,6 +231,7 @@ impl ShareGroup {
         if kicked.is_empty() {
             return 0;
         }
+        partition.queue.none_scheduled();
         for offset in &kicked {
             let slot = partition.state.exception(*offset).and_then(|exception| exception.slot);
             partition.queue.available(&partition.state, *offset, slot);
