@@ -256,6 +256,11 @@ pub static KEYS: &[Key] = &[
         Kind::Limit(|s| &mut s.limits.span, 1, 10_000_000_000),
         "Offsets that a share group looks beyond its first undecided one on a partition",
     ),
+    key(
+        "limits.parked-per-key",
+        Kind::Limit(|s| &mut s.limits.parked_per_key, 1, 1 << 17),
+        "Offsets that a share group keeps behind one that its key waits for; the others are read again",
+    ),
 ];
 
 impl Key {

@@ -212,7 +212,7 @@ fn storage_options(settings: &ServerSettings) -> StorageOptions {
             max_exceptions: limits.exceptions,
             max_span: limits.span,
             share_state_bytes: settings.share_state_bytes.0,
-            ..EngineSettings::default()
+            max_parked_per_slot: usize::try_from(limits.parked_per_key).unwrap_or(usize::MAX),
         },
         journal: JournalOptions {
             first_file_bytes: settings.journal.first_file_bytes.0,

@@ -161,6 +161,8 @@ pub struct Limits {
     pub exceptions: u64,
     /// Offsets between the first undecided one of a share group on a partition and the last that it looks at.
     pub span: u64,
+    /// Offsets of one key that a share group keeps behind the one that is worked on; the others are read again.
+    pub parked_per_key: u64,
 }
 
 impl Default for ServerSettings {
@@ -221,6 +223,7 @@ impl Default for ServerSettings {
                 leases: 100_000,
                 exceptions: 2_000_000,
                 span: 1 << 30,
+                parked_per_key: 1_024,
             },
         }
     }

@@ -16,7 +16,7 @@ pub(super) enum Group {
     #[command(after_help = "\
 Settings: lease, max-lease, backoff-initial, backoff-max, backoff-multiplier, jitter, max-failures, max-deliveries,
 ordering (none, key), on-exhausted (dead-letter, hold, discard), non-retryable-classes, outage-guard (on, off),
-outage-window; and class.NAME.max-failures, class.NAME.backoff-initial, class.NAME.backoff-max for one error class.
+outage-window, outage-percent; and class.NAME.max-failures, class.NAME.backoff-initial, class.NAME.backoff-max for one error class.
 
 A consumer group comes into being with its first member: felucca consume TOPIC --group NAME
 

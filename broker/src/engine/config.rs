@@ -237,6 +237,8 @@ pub(crate) struct ShareConfig {
     pub(crate) outage_guard: bool,
     /// Outcomes that it looks at.
     pub(crate) outage_window: u32,
+    /// It comes on when more of them failed than that, in percent.
+    pub(crate) outage_percent: u32,
 }
 
 /// Settings of one error class; what is absent is the group's.
@@ -272,6 +274,7 @@ impl Default for ShareConfig {
             classes: BTreeMap::new(),
             outage_guard: true,
             outage_window: 100,
+            outage_percent: 80,
         }
     }
 }
@@ -294,6 +297,7 @@ const SHARE_KEYS: &[&str] = &[
     "non-retryable-classes",
     "outage-guard",
     "outage-window",
+    "outage-percent",
 ];
 const CLASS_KEYS: &[&str] = &["max-failures", "backoff-initial", "backoff-max"];
 /// Longest time between a failure and the next attempt, whoever asks for it.
@@ -334,6 +338,7 @@ impl ShareConfig {
                     self.outage_guard = parse_choice(key, value, &[("on", true), ("off", false)])?;
                 }
                 "outage-window" => self.outage_window = parse_number(key, value, 10, 100)?,
+                "outage-percent" => self.outage_percent = parse_number(key, value, 50, 99)?,
                 _ => match key.strip_prefix("class.").and_then(|rest| rest.rsplit_once('.')) {
                     Some((class, setting)) => self.set_class(key, class, setting, value)?,
                     None => return Err(unknown_key("share group", key, SHARE_KEYS)),
@@ -419,6 +424,7 @@ impl ShareConfig {
             ("non-retryable-classes", self.non_retryable.join(" ")),
             ("outage-guard", if self.outage_guard { "on" } else { "off" }.to_owned()),
             ("outage-window", self.outage_window.to_string()),
+            ("outage-percent", self.outage_percent.to_string()),
         ]
         .map(|(key, value)| (key.to_owned(), value));
         let classes = self.classes.iter().flat_map(|(class, own)| {
@@ -559,6 +565,7 @@ mod tests {
                 ("ordering", "key"),
                 ("on-exhausted", "hold"),
                 ("outage-guard", "off"),
+                ("outage-percent", "55"),
                 ("class.gateway.timeout.max-failures", "50"),
                 ("class.gateway.timeout.backoff-max", "1h"),
             ]))
@@ -620,6 +627,7 @@ mod tests {
         assert!(refused(&[("ordering", "keys")]).contains("none, key"));
         assert!(refused(&[("outage-guard", "maybe")]).contains("on, off"));
         assert!(refused(&[("outage-window", "5")]).contains("from 10 to 100"));
+        assert!(refused(&[("outage-percent", "100")]).contains("from 50 to 99"));
         assert!(refused(&[("class.io.max-failure", "3")]).contains("max-failures"));
         assert!(refused(&[("class..max-failures", "3")]).contains("1 to 128 bytes"));
         assert!(refused(&[("class.io.backoff-initial", "1h")]).contains("class.io.backoff-max is below"));

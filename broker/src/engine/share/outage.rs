@@ -12,8 +12,6 @@
 use crate::engine::config::ShareConfig;
 use crate::engine::event::OutageRow;
 
-/// Failures are more than 4 of 5.
-const THRESHOLD: (u32, u32) = (4, 5);
 /// The guard goes off when a round at this limit went well.
 const LAST_LIMIT: u32 = 64;
 /// Longest pause between two probes, milliseconds; `backoff-max` when that is shorter.
@@ -57,8 +55,9 @@ impl Probing {
     }
 }
 
-fn mostly_failed(failed: u32, of: u32) -> bool {
-    failed * THRESHOLD.1 > of * THRESHOLD.0
+/// Whether so many failed that it is not for the records.
+fn is_outage(failed: u32, of: u32, config: &ShareConfig) -> bool {
+    failed * 100 > of * config.outage_percent
 }
 
 impl Outage {
@@ -119,7 +118,7 @@ impl Outage {
             self.window = self.window << 1 | u128::from(failed);
             self.changed |= failed;
             // A success turns nothing on, also when the window became shorter meanwhile; it would not be journaled.
-            if failed && mostly_failed(self.failed(config), config.outage_window) {
+            if failed && is_outage(self.failed(config), config.outage_window, config) {
                 self.on = Some(Probing::first(config, now_ms));
                 self.probes = 0;
             }
@@ -131,7 +130,7 @@ impl Outage {
         if outcomes < probing.limit {
             return;
         }
-        if mostly_failed(probing.failed, outcomes) {
+        if is_outage(probing.failed, outcomes, config) {
             // What was leased before the outage fails in one go: that is one probe.
             if now_ms >= probing.not_before_ms {
                 let longest = config.backoff_max_ms.clamp(SHORTEST_PAUSE_MS, LONGEST_PAUSE_MS);
@@ -225,6 +224,18 @@ mod tests {
             mixed.note(i % 5 != 0, &config, 0);
         }
         assert!(!mixed.is_on(), "80 of 100 are not more than 80");
+    }
+
+    #[test]
+    fn the_part_that_must_fail_is_a_setting() {
+        let config = ShareConfig { outage_percent: 50, ..ShareConfig::default() };
+        let mut outage = Outage::default();
+        for outcome in 0..101 {
+            assert!(!outage.is_on(), "50 of 100 are not more than 50");
+            outage.note(outcome % 2 == 0, &config, 0);
+        }
+        outage.note(true, &config, 0);
+        assert!(outage.is_on(), "51 of 100 are");
     }
 
     #[test]
