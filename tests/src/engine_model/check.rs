@@ -8,13 +8,25 @@ use felucca_broker::engine::effect::{
 };
 use felucca_broker::engine::types::{Level, PartitionKey};
 
-use super::model::share::{Cause, Part, State};
+use super::model::share::{Cause, Part, Record, State};
 use super::model::topics::Kind;
 use super::promises::Fact;
 use super::world::{Fate, World};
 
 /// Records that a partition may have leased or returned while the budget of memory is spent.
 const TRICKLE: u64 = 16;
+/// Beyond the limit of leases, one part in so many is kept for records that came back.
+const RETURNED_RESERVE: u64 = 8;
+/// Bytes that a partition of a group takes, as docs/share-groups.md has it.
+const MEMORY_FIXED: u64 = 24 << 10;
+const MEMORY_PER_RECORD: u64 = 800;
+const MEMORY_PER_PARKED: u64 = 64;
+const MEMORY_PER_KEY: u64 = 300;
+const MEMORY_PER_READY: u64 = 32;
+/// Records that are looked at ahead.
+const READY: u64 = 4096;
+/// No record in hand can be kept in less.
+const LEAST_PER_RECORD: u64 = 200;
 
 impl World {
     /// An exhausted record's dead letter is asked for: once at a time, with the right counts and reason.
@@ -118,7 +130,7 @@ impl World {
             for (key, part) in &share.parts {
                 let leases = part.records.values().filter(|r| r.lease_deadline().is_some()).count() as u64;
                 let returned = part.records.values().filter(|r| r.returned && !r.is_settled()).count() as u64;
-                let room = leases < self.settings.max_leases;
+                let room = leases < self.most_leases();
                 let room_for_new = self.has_room_for_new(leases, returned);
                 let log = &self.model.logs[key];
                 for offset in part.unsettled(log, self.live.must_show(key)) {
@@ -148,7 +160,13 @@ impl World {
     /// Whether a group with so many leased and so many returned records on a partition is given new ones there.
     pub(crate) fn has_room_for_new(&self, leased: u64, returned: u64) -> bool {
         let is_spent = self.settings.share_state_bytes <= 1;
-        returned < self.settings.max_exceptions && !(is_spent && leased + returned >= TRICKLE)
+        let is_full = leased >= self.settings.max_leases || returned >= self.settings.max_exceptions;
+        !is_full && (!is_spent || leased + returned < TRICKLE)
+    }
+
+    /// Leases on a partition with those of records that came back.
+    pub(crate) fn most_leases(&self) -> u64 {
+        self.settings.max_leases + self.settings.max_leases.div_ceil(RETURNED_RESERVE)
     }
 
     /// The engine's next timer is no later than the first thing that must happen.
@@ -263,7 +281,38 @@ impl World {
         }
     }
 
+    /// What is charged for a partition of a group is no less than what it must take, and no more than
+    /// docs/share-groups.md says.
+    fn check_memory(&self, group: &str, part: &Part, info: &GroupPartitionInfo) {
+        let key = info.partition.expect("a partition has a name");
+        let log = &self.model.logs[&key];
+        let in_hand: Vec<&Record> = part.records.values().filter(|record| !record.is_settled()).collect();
+        let text: u64 = in_hand.iter().map(|record| record.text).sum();
+        let records = log.entries.len() as u64;
+        let slots: BTreeSet<u16> = log.entries.values().filter_map(|entry| entry.slot).collect();
+        let keys = if self.model.shares[group].config.ordered { slots.len() as u64 } else { 0 };
+        let span = log.end.saturating_sub(info.position.expect("a share group has a position"));
+        let least = LEAST_PER_RECORD * in_hand.len() as u64;
+        let most = MEMORY_FIXED
+            + MEMORY_PER_RECORD * in_hand.len() as u64
+            + text
+            + MEMORY_PER_PARKED * info.parked
+            + MEMORY_PER_KEY * keys
+            + MEMORY_PER_READY * records.min(READY)
+            + span / 8
+            + 32 * (span >> 16);
+        assert!(
+            (least..=most).contains(&info.memory_bytes),
+            "{} bytes of {group} {key}, {least} to {most} for {} in hand: {info:?}",
+            info.memory_bytes,
+            in_hand.len()
+        );
+        let may_park = self.settings.max_parked_per_slot as u64 * keys;
+        assert!(info.parked <= may_park.min(records), "{group} {key}: {} parked", info.parked);
+    }
+
     fn compare_part(&self, group: &str, part: &Part, info: &GroupPartitionInfo) {
+        self.check_memory(group, part, info);
         let key = info.partition.expect("a partition has a name");
         let log = &self.model.logs[&key];
         let count = |which: &dyn Fn(&State) -> bool| {

@@ -90,6 +90,9 @@ fn play(seed: u64, turns: u64, trace: Trace) {
         if world.rng.chance(5) {
             world.checkpoint();
         }
+        if world.rng.chance(1) {
+            world.hold_to_the_end();
+        }
         world.pass_time();
         world.random_turn(&weights);
         world.end_random_turn(crashes);

@@ -428,9 +428,22 @@ impl World {
         }
     }
 
+    /// There was room for as many leases, and for as many new records among them.
+    fn check_room(&self, delivery: &Delivery) {
+        let group = &self.live.subscriptions[&delivery.subscription].group;
+        let records = &self.model.shares[group].parts[&delivery.partition].records;
+        let leases = records.values().filter(|record| record.lease_deadline().is_some()).count() as u64;
+        let new =
+            delivery.records.iter().filter(|record| !records.contains_key(&record.offset)).count() as u64;
+        let all = delivery.records.len() as u64;
+        let has_room = leases + all <= self.most_leases();
+        assert!(has_room && (new == 0 || leases + new <= self.settings.max_leases), "no room: {delivery:?}");
+    }
+
     fn grant(&mut self, delivery: &Delivery) {
         let key = delivery.partition;
         let (may_show, synced) = (self.live.may_show(&key), self.live.synced);
+        self.check_room(delivery);
         let subscription = self.live.subscriptions.get_mut(&delivery.subscription);
         let subscription = subscription.expect("handed out to a subscription that is not open");
         let group = subscription.group.clone();

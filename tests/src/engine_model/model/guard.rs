@@ -23,13 +23,14 @@ pub(crate) struct Probing {
 pub(crate) struct Law {
     pub(crate) on: bool,
     pub(crate) window: usize,
+    pub(crate) percent: u32,
     pub(crate) initial_ms: u64,
     pub(crate) max_ms: u64,
 }
 
-fn most_failed(outcomes: &[bool], of: usize) -> bool {
+fn most_failed(outcomes: &[bool], of: usize, percent: u32) -> bool {
     let failed = outcomes.iter().filter(|failed| **failed).count();
-    failed as f64 > 0.8 * of as f64 + 1e-9
+    failed as f64 / of as f64 > f64::from(percent) / 100.0 + 1e-9
 }
 
 impl Guard {
@@ -42,7 +43,7 @@ impl Guard {
             let first = self.outcomes.len().saturating_sub(128);
             self.outcomes.drain(..first);
             let last = self.outcomes.len().saturating_sub(law.window);
-            if failed && most_failed(&self.outcomes[last..], law.window) {
+            if failed && most_failed(&self.outcomes[last..], law.window, law.percent) {
                 let pause_ms = law.initial_ms.clamp(10, 10_000);
                 let not_before_ms = now_ms + pause_ms;
                 self.probing =
@@ -55,7 +56,7 @@ impl Guard {
             return;
         }
         let round = std::mem::take(&mut probing.round);
-        if most_failed(&round, round.len()) {
+        if most_failed(&round, round.len(), law.percent) {
             probing.limit = 1;
             if probing.not_before_ms <= now_ms {
                 probing.pause_ms = (probing.pause_ms * 2).min(law.max_ms.clamp(10, 10_000));

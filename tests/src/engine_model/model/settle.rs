@@ -1,6 +1,6 @@
 //! Settlements: the reply table of share groups, and what each settlement does.
 
-use felucca_broker::engine::command::{LeaseRef, Outcome};
+use felucca_broker::engine::command::{FailureDetail, LeaseRef, Outcome};
 use felucca_broker::engine::effect::{RecordState, SettleResult, SettleStatus};
 
 use super::share::{Cause, Failure, How, Past, Record, Said, State};
@@ -17,6 +17,11 @@ pub(crate) fn said(outcome: &Outcome) -> Option<Said> {
         Outcome::Release => Some(Said::Release),
         Outcome::Extend { .. } => None,
     }
+}
+
+/// Bytes of what is kept of a failure.
+fn kept(detail: &FailureDetail) -> u64 {
+    (detail.class.len().min(128) + detail.reason.len().min(1024) + detail.detail.len().min(8192)) as u64
 }
 
 /// Who settles what, and what is known of the lease's origin.
@@ -111,25 +116,24 @@ impl Model {
                 record.state = State::Leased { granted_ms, deadline_ms: until, lsn };
             }
             Outcome::Release => {
-                let failure = Failure {
-                    cause: Cause::Released,
-                    counted: false,
-                    spared: true,
-                    delay_ms: None,
-                    class: "",
-                };
-                self.fail(at, attempt.group, partition, offset, failure);
+                self.fail(at, attempt.group, partition, offset, Failure::release(true));
             }
             Outcome::Nack { delay_ms, counted, detail } => {
                 let class = detail.class.as_str();
                 let (delay_ms, counted) = (*delay_ms, *counted);
-                let failure = Failure { cause: Cause::Nacked, counted, spared: false, delay_ms, class };
+                let text = kept(detail);
+                let failure = Failure { cause: Cause::Nacked, counted, spared: false, delay_ms, class, text };
                 self.fail(at, attempt.group, partition, offset, failure);
             }
             Outcome::Reject { detail } => {
-                let class = detail.class.as_str();
-                let failure =
-                    Failure { cause: Cause::Rejected, counted: true, spared: false, delay_ms: None, class };
+                let failure = Failure {
+                    cause: Cause::Rejected,
+                    counted: true,
+                    spared: false,
+                    delay_ms: None,
+                    class: detail.class.as_str(),
+                    text: kept(detail),
+                };
                 self.fail(at, attempt.group, partition, offset, failure);
             }
         }
@@ -189,6 +193,8 @@ impl Model {
             part.counts.dead_lettered += 1;
             State::Settled { how: How::DeadLettered, lsn: at.lsn, at_ms: at.now_ms }
         } else {
+            // The detail says why there is none, in front of what it said.
+            record.text += 100;
             State::Held
         };
     }
@@ -220,9 +226,7 @@ impl Model {
                 at_ms: at.now_ms,
                 lsn: at.lsn,
             });
-            let failure =
-                Failure { cause: Cause::Released, counted: false, spared: false, delay_ms: None, class: "" };
-            self.fail(at, group, key, offset, failure);
+            self.fail(at, group, key, offset, Failure::release(false));
         }
     }
 }

@@ -15,6 +15,25 @@ pub(crate) enum OnExhausted {
     Discard,
 }
 
+/// The class that may have settings of its own.
+pub(crate) const OWN_CLASS: &str = "flaky";
+
+/// Settings of one class; what is absent is the group's.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Own {
+    pub(crate) max_failures: Option<u32>,
+    pub(crate) backoff_initial_ms: Option<u64>,
+    pub(crate) backoff_max_ms: Option<u64>,
+}
+
+/// What holds for failures of a class.
+#[derive(Clone, Copy, Debug)]
+struct Retry {
+    max_failures: u32,
+    initial_ms: u64,
+    max_ms: u64,
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Config {
     pub(crate) lease_ms: u64,
@@ -29,8 +48,11 @@ pub(crate) struct Config {
     pub(crate) on_exhausted: OnExhausted,
     /// The class that ends a record at once.
     pub(crate) fatal_class: Option<&'static str>,
+    /// What [`OWN_CLASS`] has of its own.
+    pub(crate) own: Own,
     pub(crate) guard: bool,
     pub(crate) window: usize,
+    pub(crate) percent: u32,
 }
 
 impl Default for Config {
@@ -47,8 +69,10 @@ impl Default for Config {
             ordered: false,
             on_exhausted: OnExhausted::DeadLetter,
             fatal_class: None,
+            own: Own::default(),
             guard: true,
             window: 100,
+            percent: 80,
         }
     }
 }
@@ -58,18 +82,34 @@ impl Config {
         Law {
             on: self.guard,
             window: self.window,
+            percent: self.percent,
             initial_ms: self.backoff_initial_ms,
             max_ms: self.backoff_max_ms,
         }
     }
 
-    /// Shortest and longest wait after the n-th failure.
-    fn backoff(&self, failures: u32) -> (u64, u64) {
-        let mut wait = self.backoff_initial_ms as f64;
-        for _ in 1..failures {
-            wait = (wait * self.multiplier).min(self.backoff_max_ms as f64);
+    /// Whether a group may have these settings.
+    pub(crate) fn is_valid(&self) -> bool {
+        let fits = |retry: Retry| retry.initial_ms <= retry.max_ms;
+        self.lease_ms <= self.max_lease_ms && fits(self.retry("")) && fits(self.retry(OWN_CLASS))
+    }
+
+    fn retry(&self, class: &str) -> Retry {
+        let own = if class == OWN_CLASS { self.own } else { Own::default() };
+        Retry {
+            max_failures: own.max_failures.unwrap_or(self.max_failures),
+            initial_ms: own.backoff_initial_ms.unwrap_or(self.backoff_initial_ms),
+            max_ms: own.backoff_max_ms.unwrap_or(self.backoff_max_ms),
         }
-        wait = wait.min(self.backoff_max_ms as f64);
+    }
+
+    /// Shortest and longest wait after the n-th failure.
+    fn backoff(&self, retry: Retry, failures: u32) -> (u64, u64) {
+        let mut wait = retry.initial_ms as f64;
+        for _ in 1..failures {
+            wait = (wait * self.multiplier).min(retry.max_ms as f64);
+        }
+        wait = wait.min(retry.max_ms as f64);
         ((wait * (1.0 - self.jitter)).floor() as u64, (wait * (1.0 + self.jitter)).ceil() as u64)
     }
 }
@@ -152,6 +192,8 @@ pub(crate) struct Record {
     pub(crate) returned: bool,
     /// It failed so often that it is granted alone.
     pub(crate) alone: bool,
+    /// Bytes of what is said of its last failure, at the most.
+    pub(crate) text: u64,
 }
 
 impl Record {
@@ -262,6 +304,21 @@ pub(crate) struct Failure<'a> {
     pub(crate) spared: bool,
     pub(crate) delay_ms: Option<u64>,
     pub(crate) class: &'a str,
+    /// Bytes of class, reason and detail, as much as is kept of them.
+    pub(crate) text: u64,
+}
+
+impl Failure<'_> {
+    /// Nobody settled the lease in time.
+    fn lapse() -> Self {
+        let text = "lease expired".len() as u64;
+        Self { cause: Cause::Lapsed, counted: true, spared: false, delay_ms: None, class: "", text }
+    }
+
+    /// Given back before it was worked on; `spared` when its member says so itself.
+    pub(crate) fn release(spared: bool) -> Self {
+        Self { cause: Cause::Released, counted: false, spared, delay_ms: None, class: "", text: 0 }
+    }
 }
 
 impl Model {
@@ -373,6 +430,7 @@ impl Model {
             past: Vec::new(),
             returned: false,
             alone: false,
+            text: 0,
         });
         record.state = state;
         record.deliveries += 1;
@@ -396,6 +454,8 @@ impl Model {
         let config = &share.config;
         record.cause = Some(failure.cause);
         record.returned = true;
+        record.text = failure.text;
+        let retry = config.retry(failure.class);
         let fatal = failure.cause == Cause::Rejected
             || config.fatal_class.is_some_and(|class| class == failure.class);
         record.fatal = fatal;
@@ -407,10 +467,10 @@ impl Model {
         let spared = failure.spared || (failure.counted && !counted);
         record.spared += u32::from(spared);
         let over = fatal
-            || (counted && record.failures >= config.max_failures)
+            || (counted && record.failures >= retry.max_failures)
             || (!spared && record.deliveries - record.spared >= config.max_deliveries);
         if failure.cause != Cause::Released {
-            let half = record.failures > 0 && 2 * u64::from(record.failures) >= config.max_failures.into();
+            let half = record.failures > 0 && 2 * u64::from(record.failures) >= retry.max_failures.into();
             record.alone = !over && half;
             if !fatal {
                 share.guard.outcome(true, config.guard_law(), at.now_ms);
@@ -431,7 +491,7 @@ impl Model {
         } else {
             let (low, high) = match failure.delay_ms {
                 Some(delay) => (delay, delay),
-                None => config.backoff(attempts),
+                None => config.backoff(retry, attempts),
             };
             State::Waiting { from_ms: at.now_ms.saturating_add(low), by_ms: at.now_ms.saturating_add(high) }
         };
@@ -476,9 +536,7 @@ impl Model {
                 at_ms: at.now_ms,
                 lsn: at.lsn,
             });
-            let failure =
-                Failure { cause: Cause::Lapsed, counted: true, spared: false, delay_ms: None, class: "" };
-            self.fail(at, group, *key, *offset, failure);
+            self.fail(at, group, *key, *offset, Failure::lapse());
         }
     }
 

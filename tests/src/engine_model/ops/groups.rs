@@ -8,7 +8,7 @@ use felucca_broker::engine::error::EngineError;
 use felucca_broker::engine::types::{Level, PartitionKey, TopicId};
 
 use crate::engine_model::model::guard::Guard;
-use crate::engine_model::model::share::{Config, OnExhausted, Part, Share, State};
+use crate::engine_model::model::share::{Config, OWN_CLASS, OnExhausted, Own, Part, Share, State};
 use crate::engine_model::model::topics::{Kind, Topic, letters_name, redrive_name};
 use crate::engine_model::world::World;
 
@@ -18,11 +18,11 @@ impl World {
     /// A configuration as the command wants it and as the model has it.
     fn draw_config(&mut self) -> (Vec<(String, String)>, Config) {
         let rng = &mut self.rng;
-        let lease_ms = rng.between(1, 40) * 100;
+        let lease_ms = if rng.chance(25) { rng.between(1, 40) } else { rng.between(1, 10) } * 100;
         let backoff_initial_ms = [0, 10, 100, 700][rng.below(4) as usize];
         let config = Config {
             lease_ms,
-            max_lease_ms: 10_000,
+            max_lease_ms: [1_000, 2_500, 10_000, 60_000][rng.below(4) as usize],
             backoff_initial_ms,
             backoff_max_ms: backoff_initial_ms * rng.between(1, 5),
             multiplier: [1.0, 2.0, 3.0][rng.below(3) as usize],
@@ -37,8 +37,14 @@ impl World {
                 OnExhausted::Discard,
             ][rng.below(4) as usize],
             fatal_class: rng.chance(50).then_some("fatal"),
+            own: Own {
+                max_failures: rng.chance(40).then(|| rng.between(1, 6) as u32),
+                backoff_initial_ms: rng.chance(30).then(|| rng.below(300)),
+                backoff_max_ms: rng.chance(30).then(|| rng.between(200, 2_000)),
+            },
             guard: rng.chance(80),
             window: [10, 12, 20, 100][rng.below(4) as usize],
+            percent: [80, 80, 50, 99][rng.below(4) as usize],
         };
         (entries(&config), config)
     }
@@ -66,6 +72,10 @@ impl World {
             Command::CreateShareGroup { group: name.to_owned(), topics: topics.to_vec(), config, from_end };
         if self.model.shares.contains_key(name) || self.model.consumers.contains_key(name) {
             self.refused(command, |error| matches!(error, EngineError::GroupExists(_)));
+            return;
+        }
+        if !drawn.is_valid() {
+            self.refused(command, |error| matches!(error, EngineError::InvalidConfig(_)));
             return;
         }
         if topics.is_empty() {
@@ -208,6 +218,10 @@ impl World {
         }
         self.note(|| format!("alter {group} {drawn:?}"));
         let command = Command::AlterShareGroup { group: group.clone(), config: entries(&drawn) };
+        if !drawn.is_valid() {
+            self.refused(command, |error| matches!(error, EngineError::InvalidConfig(_)));
+            return;
+        }
         assert_eq!(self.ask(command, Level::Synced), Reply::Done);
         let lsn = self.lsn();
         if drawn.ordered != before.ordered {
@@ -422,7 +436,15 @@ fn entries(config: &Config) -> Vec<(String, String)> {
         OnExhausted::Hold => "hold",
         OnExhausted::Discard => "discard",
     };
-    [
+    let own = |setting: &str, value: Option<String>| {
+        (format!("class.{OWN_CLASS}.{setting}"), value.unwrap_or_else(|| "inherit".to_owned()))
+    };
+    let own = [
+        own("max-failures", config.own.max_failures.map(|count| count.to_string())),
+        own("backoff-initial", config.own.backoff_initial_ms.map(|ms| format!("{ms}ms"))),
+        own("backoff-max", config.own.backoff_max_ms.map(|ms| format!("{ms}ms"))),
+    ];
+    let group = [
         ("lease", format!("{}ms", config.lease_ms)),
         ("max-lease", format!("{}ms", config.max_lease_ms)),
         ("backoff-initial", format!("{}ms", config.backoff_initial_ms)),
@@ -436,7 +458,8 @@ fn entries(config: &Config) -> Vec<(String, String)> {
         ("non-retryable-classes", config.fatal_class.unwrap_or("").to_owned()),
         ("outage-guard", if config.guard { "on" } else { "off" }.to_owned()),
         ("outage-window", config.window.to_string()),
+        ("outage-percent", config.percent.to_string()),
     ]
-    .map(|(key, value)| (key.to_owned(), value))
-    .into()
+    .map(|(key, value)| (key.to_owned(), value));
+    group.into_iter().chain(own).collect()
 }

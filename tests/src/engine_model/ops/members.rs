@@ -16,9 +16,11 @@ use crate::engine_model::model::settle::{Attempt, said};
 use crate::engine_model::model::share::Said;
 use crate::engine_model::model::topics::{Kind, redrive_name};
 use crate::engine_model::promises::Fact;
-use crate::engine_model::world::{Held, World};
+use crate::engine_model::world::{Fate, Held, World};
 
 const MEMBERS: [&str; 3] = ["ann", "ben", "cat"];
+/// Leases that may be longer are not held to their end: members must be heard of all the time.
+const LONGEST_HOLD_MS: u64 = 60_000;
 /// Old leases kept to try again.
 const ARCHIVE: usize = 200;
 
@@ -113,12 +115,13 @@ impl World {
         subscription.bytes += i64::from(bytes);
     }
 
-    pub(crate) fn members_seen(&mut self) {
+    /// Members are heard of, each with this probability.
+    pub(crate) fn members_seen(&mut self, percent: u64) {
         let now = self.now.monotonic_ms;
         let mut members: Vec<(String, String)> = Vec::new();
         for sessions in [&mut self.live.members, &mut self.live.consumers] {
             for (name, seen) in sessions {
-                if self.rng.chance(60) {
+                if self.rng.chance(percent) {
                     members.push(name.clone());
                     *seen = now;
                 }
@@ -141,7 +144,11 @@ impl World {
     fn draw_outcome(&mut self) -> Outcome {
         let classes = ["", "flaky", "fatal"];
         let class = self.any_name(&classes);
-        let detail = FailureDetail { class, reason: "no luck".to_owned(), detail: String::new() };
+        let (reason, detail) = match self.rng.below(10) {
+            0 => ("r".repeat(2_000), "d".repeat(10_000)),
+            _ => ("no luck".to_owned(), String::new()),
+        };
+        let detail = FailureDetail { class, reason, detail };
         match self.rng.below(20) {
             0..10 => Outcome::Ack,
             10..14 => {
@@ -155,7 +162,8 @@ impl World {
             14 => Outcome::Reject { detail },
             15..17 => Outcome::Release,
             _ => {
-                let remaining_ms = self.rng.chance(60).then(|| self.rng.below(15_000));
+                let most = [15_000, 100_000][usize::from(self.rng.chance(20))];
+                let remaining_ms = self.rng.chance(60).then(|| self.rng.below(most));
                 Outcome::Extend { remaining_ms }
             }
         }
@@ -276,6 +284,33 @@ impl World {
             self.archive.extend(gone);
             let excess = self.archive.len().saturating_sub(ARCHIVE);
             self.archive.drain(..excess);
+        }
+    }
+
+    /// Extends one lease for as long as that is possible, while all members are heard of; it ends at the longest time that a
+    /// lease may have, and not before.
+    pub(crate) fn hold_to_the_end(&mut self) {
+        let Some(held) = self.rng.pick(&self.held).cloned() else { return };
+        let longest = self.model.shares.get(&held.group).map(|share| share.config.max_lease_ms);
+        if longest.is_none_or(|ms| ms > LONGEST_HOLD_MS) {
+            // The groups behind dead-letter topics have half a day.
+            return;
+        }
+        self.note(|| format!("hold {held:?} to the end"));
+        loop {
+            self.begin_turn();
+            self.members_seen(100);
+            let outcome = Outcome::Extend { remaining_ms: Some(u64::MAX) };
+            let extend = Settlement { record: held.record, outcome };
+            self.settle_as(&held.group, &held.member, Level::Synced, vec![extend]);
+            self.tick();
+            self.end_turn(Fate::Released);
+            let share = self.model.shares.get(&held.group);
+            let part = share.and_then(|share| share.parts.get(&held.record.partition));
+            let record = part.and_then(|part| part.records.get(&held.record.offset));
+            let record = record.filter(|record| record.lease == held.record.lease);
+            let Some(deadline) = record.and_then(|record| record.lease_deadline()) else { return };
+            self.advance((deadline - self.now.monotonic_ms).min(self.session_ms / 2));
         }
     }
 

@@ -60,7 +60,7 @@ impl World {
             8 => self.alter_share_group(),
             9 => self.pause_group(),
             10 => self.give_credit(),
-            11 => self.members_seen(),
+            11 => self.members_seen(60),
             12 => self.seek_group(),
             13 => self.delete_topic(),
             14 => self.delete_group(),
