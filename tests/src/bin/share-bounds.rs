@@ -13,13 +13,14 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 type Part = fn(&mut dyn Write) -> io::Result<()>;
 
-const PARTS: [(&str, Part); 7] = [
+const PARTS: [(&str, Part); 8] = [
     ("limits", limits),
     ("throughput", throughput),
     ("stuck-record", stuck_record),
     ("retry", retry),
     ("stuck-key", stuck_key),
     ("expiry", expiry),
+    ("members", members),
     ("idle-groups", idle_groups),
 ];
 
@@ -59,12 +60,17 @@ fn limits(out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "hold")
 }
 
+/// However many members there are, and whether they settle one by one or many at once: at least a third of the best of its
+/// ordering; and in key order at least half of what there is without.
 fn throughput(out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "ordering  members  per request  records/s  ns/record  journal bytes/record")?;
+    let mut costs: Vec<(Load, f64)> = Vec::new();
     for keys in [0, 10_000] {
         for members in [1, 16, 256] {
             for per_request in [1, 64] {
-                let cost = bounds::throughput(Load { records: 2_000_000, members, keys, per_request });
+                let load = Load { records: 2_000_000, members, keys, per_request };
+                let cost = bounds::throughput(load);
+                costs.push((load, cost.per_second()));
                 writeln!(
                     out,
                     "{:<8}  {members:>7}  {per_request:>11}  {:>9.0}  {:>9.0}  {:>20.1}",
@@ -75,6 +81,18 @@ fn throughput(out: &mut dyn Write) -> io::Result<()> {
                 )?;
             }
         }
+    }
+    for (load, per_second) in &costs {
+        let of_ordering = costs.iter().filter(|(other, _)| other.keys == load.keys);
+        let best = of_ordering.map(|(_, speed)| *speed).fold(0.0, f64::max);
+        assert!(per_second * 3.0 >= best, "{load:?}: {per_second:.0}/s beside {best:.0}/s");
+        let is_same = |other: &Load| (other.members, other.per_request) == (load.members, load.per_request);
+        let unordered = costs.iter().find(|(other, _)| other.keys == 0 && is_same(other));
+        let (_, unordered) = unordered.expect("the unordered loads were measured first");
+        assert!(
+            per_second * 2.0 >= *unordered,
+            "{load:?}: {per_second:.0}/s beside {unordered:.0}/s unordered"
+        );
     }
     Ok(())
 }
@@ -112,7 +130,9 @@ fn retry(out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "1,000,000 records wait for their next attempt:")?;
     writeln!(out, "{:.0} B resident each, {:.0} B charged", retry.resident_each, retry.charged_each)?;
     let (failed, retried) = (retry.failed_per_second, retry.retried_per_second);
-    writeln!(out, "{failed:.0} leased and failed/s, {retried:.0} due, leased and acked/s")
+    writeln!(out, "{failed:.0} leased and failed/s, {retried:.0} due, leased and acked/s")?;
+    retry.assert_bounded();
+    Ok(())
 }
 
 fn stuck_key(out: &mut dyn Write) -> io::Result<()> {
@@ -123,7 +143,9 @@ fn stuck_key(out: &mut dyn Write) -> io::Result<()> {
         out,
         "{} offsets kept at most; then {:.0} of the key one by one/s",
         stuck.parked, stuck.drained_per_second
-    )
+    )?;
+    stuck.assert_bounded();
+    Ok(())
 }
 
 fn expiry(out: &mut dyn Write) -> io::Result<()> {
@@ -132,12 +154,27 @@ fn expiry(out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "10,000 leases expire in one millisecond; then 10 members have 500 credits each:")?;
     writeln!(out, "at most {most} records in 10 ms; per 100 ms: {:?}", {
         spread.chunks(10).map(|part| part.iter().sum::<usize>()).collect::<Vec<_>>()
-    })
+    })?;
+    bounds::assert_spread(&spread);
+    Ok(())
+}
+
+fn members(out: &mut dyn Write) -> io::Result<()> {
+    let few = bounds::members_come_and_go(100);
+    let many = bounds::members_come_and_go(10_000);
+    writeln!(out, "members with 10 leases each, one of them:")?;
+    for (name, members) in [("of 100", few), ("of 10,000", many)] {
+        writeln!(out, "{name}: comes back in {:?}, is lost in {:?}", members.returned, members.lost)?;
+    }
+    many.assert_like(&few);
+    Ok(())
 }
 
 fn idle_groups(out: &mut dyn Write) -> io::Result<()> {
     let idle = bounds::idle_groups(10_000);
     writeln!(out, "10,000 groups without members on one partition:")?;
     writeln!(out, "{:.0} B resident each", idle.resident_each)?;
-    writeln!(out, "a turn with one append: {:?} without them, {:?} with them", idle.turn_alone, idle.turn)
+    writeln!(out, "a turn with one append: {:?} without them, {:?} with them", idle.turn_alone, idle.turn)?;
+    idle.assert_bounded();
+    Ok(())
 }

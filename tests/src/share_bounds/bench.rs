@@ -108,13 +108,25 @@ impl Bench {
     }
 
     pub(crate) fn subscribe(&mut self, group: &str, id: u64, member: &str, records: u32) {
+        self.resubscribe(group, id, member, records, Vec::new());
+    }
+
+    /// Subscribes a member that still works on what it holds.
+    pub(crate) fn resubscribe(
+        &mut self,
+        group: &str,
+        id: u64,
+        member: &str,
+        records: u32,
+        held: Vec<LeaseRef>,
+    ) {
         let reply = self.ask(Command::ShareSubscribe {
             subscription: SubscriptionId(id),
             group: group.to_owned(),
             member: member.to_owned(),
             credit_records: records,
             credit_bytes: u32::MAX,
-            held: Vec::new(),
+            held,
         });
         assert_eq!(reply, Reply::Done);
     }

@@ -106,6 +106,16 @@ pub struct Retry {
     pub retried_per_second: f64,
 }
 
+impl Retry {
+    /// A record that waits takes a few hundred bytes, no fewer are charged than it takes, and those that come back are
+    /// handed out about as quickly as new ones.
+    pub fn assert_bounded(&self) {
+        assert!(self.charged_each < 500.0, "{self:?}");
+        assert!(self.resident_each <= self.charged_each * 1.1, "more is taken than is charged: {self:?}");
+        assert!(self.retried_per_second * 3.0 >= self.failed_per_second, "{self:?}");
+    }
+}
+
 /// Every record of a partition fails and waits, none of them uses a lease meanwhile, new ones flow beside them, and then
 /// all come back and are acknowledged.
 pub fn a_partition_in_retry(records: u64) -> Retry {
@@ -161,6 +171,14 @@ pub struct StuckKey {
     pub parked: u64,
     /// Records of the key handed out one after the other, per second of processor time.
     pub drained_per_second: f64,
+}
+
+impl StuckKey {
+    /// What is kept of the key that is stuck, and of what is looked at and worked on of the others.
+    pub fn assert_bounded(&self) {
+        let most = EngineSettings::default().max_parked_per_slot as u64 + 3 * u64::from(CREDIT);
+        assert!(self.parked <= most, "{} parked", self.parked);
+    }
 }
 
 /// So many records wait behind one of their key while a hundred other keys flow, and then go out in their order.
@@ -245,6 +263,60 @@ pub fn leases_that_expire_together(leases: u32) -> Vec<usize> {
     spread
 }
 
+/// Of leases that expired together, no hundredth of a second sees more than an eighth of those that are tried again.
+pub fn assert_spread(spread: &[usize]) {
+    let most = spread.iter().copied().max().unwrap_or(0);
+    let all: usize = spread.iter().sum();
+    assert!(most * 8 <= all, "{spread:?}");
+}
+
+/// What [`members_come_and_go`] took.
+#[derive(Clone, Copy, Debug)]
+pub struct Members {
+    /// Processor time for one of them that comes back with its leases, and for one that is lost with them.
+    pub returned: Duration,
+    pub lost: Duration,
+}
+
+impl Members {
+    /// One costs no more where there are many others than where there are `few`, but for the depth of trees and what a
+    /// processor has at hand.
+    pub fn assert_like(&self, few: &Self) {
+        for (one, of_few) in [(self.returned, few.returned), (self.lost, few.lost)] {
+            assert!(one <= of_few * 4, "{self:?}, {few:?} where there are few");
+        }
+    }
+}
+
+/// So many members with ten leases each subscribe anew, all of them, and then are silent for their session.
+pub fn members_come_and_go(members: u32) -> Members {
+    const EACH: u32 = 10;
+    let mut bench = Bench::new(EngineSettings::default(), 1, unkeyed);
+    bench.create_group("pay", &FAILING);
+    bench.append(0, u64::from(members * EACH));
+    let names: Vec<String> = (0..members).map(|i| format!("member-{i}")).collect();
+    for (id, member) in (0..).zip(&names) {
+        bench.subscribe("pay", id, member, EACH);
+    }
+    bench.rest();
+    let held: Vec<Vec<LeaseRef>> = (0..).zip(&names).map(|(id, _)| bench.take_granted(id)).collect();
+    assert!(held.iter().all(|leases| leases.len() == EACH as usize));
+
+    bench.engine_time = Duration::ZERO;
+    for ((id, member), held) in (u64::from(members)..).zip(&names).zip(held) {
+        bench.resubscribe("pay", id, member, 0, held);
+    }
+    let returned = bench.engine_time / members;
+    assert_eq!(bench.partition("pay", 0).leased, u64::from(members * EACH));
+
+    bench.engine_time = Duration::ZERO;
+    bench.advance(20_000);
+    let lost = bench.engine_time / members;
+    let end = bench.partition("pay", 0);
+    assert_eq!((end.leased, end.failures), (0, u64::from(members * EACH)));
+    Members { returned, lost }
+}
+
 /// What [`idle_groups`] took.
 #[derive(Clone, Copy, Debug)]
 pub struct Idle {
@@ -253,6 +325,14 @@ pub struct Idle {
     /// Processor time of a turn with one appended batch, without and with the groups.
     pub turn_alone: Duration,
     pub turn: Duration,
+}
+
+impl Idle {
+    /// A group that nobody uses takes some kilobytes, and no time when records arrive.
+    pub fn assert_bounded(&self) {
+        assert!(self.resident_each < 32_768.0, "{self:?}");
+        assert!(self.turn < self.turn_alone * 3, "{self:?}");
+    }
 }
 
 /// Groups on one topic of one partition that nobody uses.
