@@ -2,7 +2,7 @@
 
 use crate::engine::command::{Command, LeaseRef, Outcome, SeekTo};
 use crate::engine::effect::SettleStatus;
-use crate::engine::testing::{Bench, nack, pairs};
+use crate::engine::testing::{Bench, nack, pairs, reject};
 use crate::engine::types::SubscriptionId;
 
 /// After a start nothing is scanned yet; what then goes back must not be missed because everything before it is settled
@@ -157,4 +157,81 @@ fn a_key_waits_for_the_sync_of_a_move_and_of_a_change_of_order() {
     bench.hold_sync = false;
     bench.advance(1);
     assert_eq!(bench.offsets(), [3]);
+}
+
+/// Two records of one key and two of another; answers the leases of the first of each.
+fn two_keys(config: &[(&str, &str)]) -> (Bench, LeaseRef, LeaseRef) {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.group(&[&[("ordering", "key")], config].concat());
+    for key in [b"a", b"a", b"b", b"b"] {
+        bench.append(Some(key), 1).unwrap();
+    }
+    bench.subscribe(1, "m", 10);
+    let first = bench.delivered();
+    assert_eq!(first.len(), 2);
+    (bench, first[0].0, first[1].0)
+}
+
+#[test]
+fn dead_lettering_and_discarding_free_the_key_and_holding_does_not() {
+    for (to, next) in [("dead-letter", vec![1]), ("discard", vec![1]), ("hold", vec![])] {
+        let (mut bench, lease, _) = two_keys(&[("on-exhausted", to)]);
+        bench.settle("m", lease, reject());
+        assert_eq!(bench.offsets(), next, "{to}");
+    }
+}
+
+#[test]
+fn a_key_stays_in_order_through_expiry_a_lost_member_and_a_release() {
+    let config = [("lease", "1s"), ("backoff-initial", "1s"), ("backoff-max", "1s"), ("jitter", "0")];
+    let (mut bench, _, other) = two_keys(&config);
+    bench.settle("m", other, Outcome::Ack);
+    assert_eq!(bench.offsets(), [3]);
+    bench.advance(1_000);
+    assert!(bench.offsets().is_empty(), "both keys wait for their expired record");
+    bench.advance(1_000);
+    assert_eq!(bench.offsets(), [0, 3]);
+
+    let (mut bench, ..) = two_keys(&[("backoff-initial", "0s"), ("backoff-max", "0s")]);
+    bench.advance(10_000);
+    bench.subscribe(2, "n", 10);
+    bench.advance(0);
+    assert_eq!(bench.offsets(), [0, 2]);
+
+    let (mut bench, lease, _) = two_keys(&[]);
+    bench.settle("m", lease, Outcome::Release);
+    assert_eq!(bench.offsets(), [0]);
+}
+
+#[test]
+fn a_late_ack_frees_the_key() {
+    let (mut bench, lease, _) =
+        two_keys(&[("lease", "1s"), ("backoff-initial", "1h"), ("backoff-max", "1h")]);
+    bench.advance(1_000);
+    assert!(bench.offsets().is_empty());
+    assert_eq!(bench.status("m", lease, Outcome::Ack), SettleStatus::Late);
+    assert_eq!(bench.offsets(), [1]);
+}
+
+#[test]
+fn records_without_a_key_are_in_no_order() {
+    let mut bench = Bench::new();
+    bench.topic(&[]);
+    bench.group(&[("ordering", "key")]);
+    bench.append(None, 3).unwrap();
+    bench.subscribe(1, "m", 10);
+    assert_eq!(bench.offsets(), [0, 1, 2]);
+}
+
+#[test]
+fn a_key_goes_to_any_member_and_to_one_at_a_time() {
+    let (mut bench, lease, _) = two_keys(&[]);
+    bench.subscribe(2, "n", 10);
+    assert!(bench.offsets().is_empty());
+    // Nothing ties the key to member m once its record is settled.
+    bench.ask(Command::ShareUnsubscribe { subscription: SubscriptionId(1) });
+    bench.settle("m", lease, Outcome::Ack);
+    let next = bench.take_one();
+    assert_eq!((next.offset, bench.status("n", next, Outcome::Ack)), (1, SettleStatus::Ok));
 }

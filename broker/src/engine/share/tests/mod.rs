@@ -1,6 +1,7 @@
 //! The behaviour of share groups: one test for every row of their tables, and for every race between two rows.
 
 mod dead_letters;
+mod flow;
 mod held;
 mod isolation;
 mod key_order;

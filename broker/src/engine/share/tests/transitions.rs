@@ -199,6 +199,32 @@ fn leased_to_discarded_is_counted() {
     assert_eq!((counts.discarded, counts.dead_lettered, counts.lag), (1, 0, 0));
 }
 
+/// Whatever ends a record, `on-exhausted` says where it goes.
+#[test]
+fn every_end_of_a_record_may_be_the_dead_letters_a_hold_or_a_discard() {
+    let ends = [
+        ("a reject", Some(reject()), "30s", ("jitter", "0")),
+        ("a final class", Some(failed_as("fatal", "")), "30s", ("non-retryable-classes", "fatal")),
+        ("the most failures", Some(nack()), "30s", ("max-failures", "1")),
+        ("the cap of deliveries", Some(nack()), "30s", ("max-deliveries", "1")),
+        ("an expired lease", None, "5s", ("max-failures", "1")),
+        ("a lost member", None, "30s", ("max-failures", "1")),
+    ];
+    for (name, outcome, lasts, setting) in ends {
+        for (to, expected) in [("dead-letter", [1, 0, 0]), ("hold", [0, 1, 0]), ("discard", [0, 0, 1])] {
+            let (mut bench, lease) = leased(&[("on-exhausted", to), ("lease", lasts), setting]);
+            match outcome.clone() {
+                Some(outcome) => drop(bench.settle_all("a", &[lease], &outcome)),
+                // The lease of 5 s ends before the session of 10 s does.
+                None => (0..10).for_each(|_| bench.advance(1_000)),
+            }
+            let counts = bench.counts();
+            let found = [counts.dead_lettered, counts.held, counts.discarded];
+            assert_eq!((found, counts.leased), (expected, 0), "{name}, {to}");
+        }
+    }
+}
+
 #[test]
 fn scheduled_to_available_when_due() {
     let (mut bench, lease) = leased(&QUICK);
