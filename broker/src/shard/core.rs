@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use super::inbox::{News, Submission};
 use super::reads::Read;
-use super::reference::{self, ReferenceOptions};
+use super::reference::{ReferenceOptions, References};
 use super::release::{Release, Releases};
 use super::room::Room;
 use super::sink::{Responder, Sink, Wakes};
@@ -54,7 +54,8 @@ pub(crate) struct Shard {
     journal: Journal,
     log: Arc<SegmentWriter>,
     releases: Arc<Releases>,
-    options: ShardOptions,
+    max_unsynced_bytes: u64,
+    references: References,
     room: Room,
     effects: Effects,
     /// Requests of this turn, by request id.
@@ -98,7 +99,8 @@ impl Shard {
             journal,
             log,
             releases,
-            options,
+            max_unsynced_bytes: options.max_unsynced_bytes,
+            references: References::new(options.reference),
             room,
             effects: Effects::default(),
             requests: Vec::new(),
@@ -191,7 +193,7 @@ impl Shard {
     pub(crate) fn takes_bulk(&self) -> bool {
         // Refusing needs no room.
         self.read_only.is_some()
-            || (self.journal.unsynced_bytes() < self.options.max_unsynced_bytes && self.log.has_room())
+            || (self.journal.unsynced_bytes() < self.max_unsynced_bytes && self.log.has_room())
     }
 
     /// True when the engine has something to do by itself now.
@@ -329,7 +331,8 @@ impl Shard {
             self.let_go();
         }
         if !self.effects.events.is_empty() {
-            let outside = match reference::refer(&mut self.effects, &self.log, &self.options.reference) {
+            let lsn = self.journal.next_lsn();
+            let outside = match self.references.refer(&mut self.effects, &self.log, lsn, self.synced) {
                 Ok(outside) => outside,
                 Err(failure) => {
                     self.latch(failure.to_string());
@@ -370,7 +373,7 @@ impl Shard {
     /// Gives the sync thread what waits for it.
     fn hand_over(&self, release: Option<Release>) {
         if let Some(release) = release {
-            let soon = self.journal.unsynced_bytes() >= self.options.max_unsynced_bytes / 2;
+            let soon = self.journal.unsynced_bytes() >= self.max_unsynced_bytes / 2;
             self.releases.wrote(release, soon);
         }
     }

@@ -12,6 +12,7 @@ use super::recovery::{Running, StorageOptions, start};
 use super::reference::ReferenceOptions;
 use super::room::RoomOptions;
 use super::runner::CheckpointOptions;
+use super::stepped::{Did, Stepped};
 use super::{Gate, StartError};
 use crate::broker::{Broker, BrokerError, BrokerLimits};
 use crate::disk::{Disk, MemDisk, WriteFault};
@@ -49,6 +50,13 @@ fn options() -> StorageOptions {
     }
 }
 
+fn limits() -> BrokerLimits {
+    BrokerLimits {
+        batch: BatchLimits { max_batch_bytes: 1 << 20, max_record_bytes: 1 << 20, max_headers: 10 },
+        session_timeout: Duration::from_secs(10),
+    }
+}
+
 /// A shard on the disk, and its door.
 async fn open(disk: &MemDisk) -> Result<(Running, Broker), StartError> {
     open_with(disk, options()).await
@@ -60,12 +68,9 @@ async fn open_with(disk: &MemDisk, options: StorageOptions) -> Result<(Running, 
     let runtime = Handle::current();
     let running = tokio::task::spawn_blocking(move || start(&disk, Path::new("/data"), options, runtime));
     let running = running.await.unwrap()?;
-    let limits = BrokerLimits {
-        batch: BatchLimits { max_batch_bytes: 1 << 20, max_record_bytes: 1 << 20, max_headers: 10 },
-        session_timeout: Duration::from_secs(10),
-    };
     let gate = Gate::new(1 << 20, Duration::from_secs(1));
-    let broker = Broker::new(running.inbox.clone(), running.views.clone(), gate, limits, running.boot_epoch);
+    let broker =
+        Broker::new(running.inbox.clone(), running.views.clone(), gate, limits(), running.boot_epoch);
     Ok((running, broker))
 }
 
@@ -252,13 +257,22 @@ async fn eventually(what: &str, condition: impl Fn() -> bool) {
     panic!("{what} does not happen");
 }
 
-async fn append_large(broker: &Broker, timestamp: i64) -> u64 {
+/// An append of 30,000 bytes.
+fn large(partition: u32, level: Level, timestamp: i64) -> Command {
+    sized(30_000, partition, level, timestamp)
+}
+
+fn sized(bytes: usize, partition: u32, level: Level, timestamp: i64) -> Command {
     let mut builder = BatchBuilder::new();
-    builder.push(timestamp, None, Some(&vec![7; 30_000]), &[]).unwrap();
+    builder.push(timestamp, None, Some(&vec![7; bytes]), &[]).unwrap();
     let bytes = builder.finish();
     let batch = StagedBatch { header: BatchHeader::parse(&bytes).unwrap(), bytes };
-    let entries = vec![AppendEntry { partition: PARTITION, batch }];
-    match broker.call(Command::Append { level: Level::Synced, entries }).await.unwrap() {
+    let partition = PartitionKey { topic: TOPIC, partition };
+    Command::Append { level, entries: vec![AppendEntry { partition, batch }] }
+}
+
+async fn append_large(broker: &Broker, timestamp: i64) -> u64 {
+    match broker.call(large(0, Level::Synced, timestamp)).await.unwrap() {
         Reply::Appended(mut results) => results.remove(0).unwrap().base_offset,
         other => panic!("{other:?}"),
     }
@@ -335,4 +349,48 @@ async fn retention_frees_space_and_offsets_go_on_over_crashes() {
         assert_eq!((view.log_start(), view.high_watermark()), (end, end), "round {round}");
         close(running).await;
     }
+}
+
+/// Has a command carried out; nothing is synced unless that is said.
+async fn carry_out(shard: &mut Stepped, broker: &Broker, command: Command, sync: bool) {
+    let broker = broker.clone();
+    let called = tokio::spawn(async move { broker.call(command).await.unwrap() });
+    for _ in 0..10_000 {
+        tokio::task::yield_now().await;
+        if called.is_finished() {
+            return;
+        }
+        shard.turn();
+        if sync && shard.sync() == Did::Work {
+            shard.release();
+        }
+    }
+    panic!("the command is not carried out");
+}
+
+#[tokio::test]
+async fn few_segments_at_a_time_wait_for_a_sync_of_the_journal() {
+    let disk = MemDisk::new();
+    let mount: Arc<dyn Disk> = Arc::new(disk.mount());
+    let mut options = without_checkpoints();
+    // So the files are of batches that frames refer to.
+    options.log.linger = Duration::from_hours(1);
+    let mut shard = Stepped::start(&mount, Path::new("/data"), options).unwrap();
+    let broker = shard.broker(1 << 20, limits());
+    let config = [("allow-written".to_owned(), "true".to_owned())].into();
+    let create = Command::CreateTopic { id: TOPIC, name: "orders".to_owned(), partitions: 7, config };
+    carry_out(&mut shard, &broker, create, true).await;
+    for partition in 0..7 {
+        // So offsets that are not synced may be told of from here on.
+        carry_out(&mut shard, &broker, sized(1, partition, Level::Synced, 0), true).await;
+    }
+    assert_eq!(segments(&disk).len(), 0);
+    for partition in [0, 1, 2, 3, 4, 5, 0, 1, 2, 3] {
+        carry_out(&mut shard, &broker, large(partition, Level::Written, 0), false).await;
+    }
+    assert_eq!(segments(&disk).len(), 4);
+    assert!(segments(&disk).iter().all(|bytes| *bytes > 60_000), "what waits already makes it no more");
+    carry_out(&mut shard, &broker, large(0, Level::Synced, 0), true).await;
+    carry_out(&mut shard, &broker, large(6, Level::Written, 0), false).await;
+    assert_eq!(segments(&disk).len(), 5);
 }
