@@ -293,7 +293,7 @@ impl Replay<ReplayError> for ShardReplay<'_> {
             Some(Kind::Appended(appended)) => Some(appended),
             _ => None,
         });
-        let mut completed = Completed::Whole;
+        let (mut gone, mut torn) = (false, false);
         for (event, batch) in appended.zip(batches) {
             let (Some(place), Some(topic)) = (event.place, TopicId::from_slice(&event.topic_id)) else {
                 continue;
@@ -309,15 +309,17 @@ impl Replay<ReplayError> for ShardReplay<'_> {
             let found = self.log.find_stored(segment, place.position, batch);
             match found.map_err(|error| (self.log.segment_path(segment), error))? {
                 Stored::Whole(bytes) => *batch = bytes,
-                Stored::Gone => completed = Completed::Gone,
-                Stored::Torn => {
-                    self.replayed.incomplete += 1;
-                    return Ok(Completed::Torn);
-                }
+                Stored::Gone => gone = true,
+                Stored::Torn => torn = true,
             }
         }
+        // Where a file is gone the frame was synced: what is not whole in another is damage then, for its readers to find.
+        if torn && !gone {
+            self.replayed.incomplete += 1;
+            return Ok(Completed::Torn);
+        }
         self.replayed.completed += 1;
-        Ok(completed)
+        Ok(if gone { Completed::Gone } else { Completed::Whole })
     }
 }
 
@@ -328,5 +330,55 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<(
 fn join(name: &str, thread: JoinHandle<()>) {
     if thread.join().is_err() {
         tracing::error!(thread = name, "ended by a panic");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use felucca_protocol::batch::BatchBuilder;
+
+    use super::*;
+    use crate::disk::MemDisk;
+    use crate::engine::event::BatchPlace;
+
+    /// A frame that refers to the first batch of each partition.
+    fn referring(partitions: std::ops::Range<u32>) -> Vec<u8> {
+        let appended = |partition| {
+            let place = Some(BatchPlace { base_offset: 0, generation: 0, position: 0 });
+            let appended = event::Appended { topic_id: vec![7; 16], partition, place };
+            event::Event { kind: Some(Kind::Appended(appended)) }
+        };
+        event::Frame { events: partitions.map(appended).collect(), ..event::Frame::default() }.encode_to_vec()
+    }
+
+    #[test]
+    fn a_frame_is_torn_when_a_batch_is_not_whole_and_no_file_is_gone() {
+        let disk: Arc<dyn Disk> = Arc::new(MemDisk::new());
+        let log =
+            SegmentWriter::start(disk.clone(), Path::new("/log"), &LogOptions::default(), Box::new(|| {}));
+        let log = log.unwrap();
+        let mut engine = Engine::new(EngineSettings::default());
+        let mut builder = BatchBuilder::new();
+        builder.push(0, None, Some(b"value"), &[]).unwrap();
+        let whole = builder.finish().freeze();
+        // Of three partitions the first has all of it, the second a part, and the third no file.
+        for (partition, length) in [(0, whole.len()), (1, whole.len() - 1)] {
+            let partition = PartitionKey { topic: TopicId([7; 16]), partition };
+            let path = log.segment_path(SegmentName { partition, base_offset: 0, generation: 0 });
+            disk.make_dir(path.parent().unwrap()).unwrap();
+            disk.create(&path).unwrap().write_all_at(&whole[..length], 0).unwrap();
+        }
+        let mut replay = ShardReplay { engine: &mut engine, log: &log, replayed: Replayed::default() };
+        let mut complete = |partitions: std::ops::Range<u32>| {
+            let mut batches = vec![whole.slice(..HEADER_LEN); partitions.len()];
+            let completed = replay.complete(&referring(partitions), &mut batches).unwrap();
+            (completed, batches.iter().map(|batch| batch.len() == whole.len()).collect::<Vec<_>>())
+        };
+        assert_eq!(complete(0..1), (Completed::Whole, vec![true]));
+        assert_eq!(complete(0..2), (Completed::Torn, vec![true, false]));
+        assert_eq!(complete(1..3), (Completed::Gone, vec![false, false]));
+        assert_eq!(complete(0..3), (Completed::Gone, vec![true, false, false]));
+        let Replayed { completed, incomplete, .. } = replay.replayed;
+        assert_eq!((completed, incomplete), (3, 1));
     }
 }
