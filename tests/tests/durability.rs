@@ -12,7 +12,8 @@ use felucca_client::{Client, Level, Record};
 use felucca_tests::process::BrokerProcess;
 use tokio::time::sleep;
 
-const VALUE_BYTES: usize = 3000;
+/// More than the page that every frame is written with, be it a mark.
+const VALUE_BYTES: usize = 5000;
 /// So much that the journal only refers to it.
 const LARGE_BYTES: usize = 400_000;
 const RECORDS: usize = 50;

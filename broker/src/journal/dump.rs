@@ -169,8 +169,8 @@ impl Open {
     fn next(&mut self) -> io::Result<Option<DumpItem>> {
         let Some((found, header)) = self.reader.find_header(self.position)? else { return Ok(None) };
         let path = self.path.clone();
-        if found > self.position {
-            let (position, bytes) = (self.position, found - self.position);
+        if found - self.position > header.left_out {
+            let (position, bytes) = (self.position, found - self.position - header.left_out);
             self.position = found;
             return Ok(Some(DumpItem::Gap { path, position, bytes }));
         }

@@ -11,7 +11,7 @@
 //!     40    8  first lsn: what earlier files hold at or above it is void; 0 = the file voids nothing
 //!     48    8  synced: every data frame up to this LSN was on the device when the file got its name
 //!     56  456  zero
-//!    512       frames, each at a multiple of 512
+//!    512       frames, each at a multiple of 512: behind the one before, or on the next page
 //! ```
 //!
 //! Names: `N.journal`, N being the sequence in 20 digits; `N.tmp` while it is being made; `N.spare` once its frames are
@@ -35,6 +35,9 @@ use crate::disk::{Disk, DiskFile, SECTOR};
 
 /// The version of the journal's format that this build writes, and the newest that it reads.
 pub const FORMAT_VERSION: u32 = 1;
+
+/// Pages of the page cache, which are what reaches the device.
+pub(super) const PAGE: u64 = 4096;
 
 /// Position of a file's first frame.
 pub(super) const FIRST_FRAME: u64 = SECTOR;

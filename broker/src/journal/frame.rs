@@ -12,7 +12,8 @@
 //!     40    4  number of batches
 //!     44    1  kind: 1 data, 2 mark
 //!     45    1  refers: 1 = of some batches only the beginning is here, and the rest lies elsewhere; else 0
-//!     46   18  zero
+//!     46    1  sectors left out before the frame, so that it begins on a page of its own: 0 to 7
+//!     47   17  zero
 //!     64  4×n  length of each batch in bytes
 //!      …       events, then the batches one after the other
 //!      …       zeros up to the next multiple of 512 bytes, not covered by a checksum
@@ -58,6 +59,8 @@ pub(super) struct FrameHeader {
     pub(super) batch_count: u32,
     /// Of some batches only the beginning is here.
     pub(super) refers: bool,
+    /// Bytes between the end of the frame before and this one.
+    pub(super) left_out: u64,
     body_checksum: u32,
 }
 
@@ -108,6 +111,8 @@ pub(super) struct Label {
     pub(super) lsn: Lsn,
     pub(super) synced: Lsn,
     pub(super) refers: bool,
+    /// Whole sectors, less than a page.
+    pub(super) left_out: u64,
 }
 
 /// Writes the header and the table of batch lengths into `out`, replacing its content; events and batches follow
@@ -136,6 +141,7 @@ pub(super) fn encode(out: &mut Vec<u8>, place: Place, label: Label, events: &[u8
         FrameKind::Mark => MARK,
     };
     out[45] = u8::from(label.refers);
+    out[46] = (label.left_out / SECTOR) as u8;
     let checksum = header_checksum(place, out);
     out[8..12].copy_from_slice(&checksum.to_be_bytes());
 }
@@ -166,6 +172,7 @@ impl FrameHeader {
             events_length: read_u32(bytes, 36),
             batch_count: read_u32(bytes, 40),
             refers: bytes[45] != 0,
+            left_out: u64::from(bytes[46]) * SECTOR,
             body_checksum: read_u32(bytes, 12),
         };
         let least = HEADER_BYTES + u64::from(header.events_length) + 4 * u64::from(header.batch_count);
@@ -215,7 +222,7 @@ pub(super) fn read_u64(bytes: &[u8], offset: usize) -> u64 {
 mod tests {
     use super::*;
 
-    const DATA_7: Label = Label { kind: FrameKind::Data, lsn: 7, synced: 5, refers: false };
+    const DATA_7: Label = Label { kind: FrameKind::Data, lsn: 7, synced: 5, refers: false, left_out: 0 };
 
     fn frame(place: Place) -> Vec<u8> {
         let batches = [Bytes::from_static(b"first"), Bytes::new(), Bytes::from_static(b"third batch")];
@@ -245,7 +252,8 @@ mod tests {
     fn the_layout_is_pinned() {
         let place = Place { salt: 0x0102_0304_0506_0708, position: 512 };
         let mut bytes = Vec::new();
-        encode(&mut bytes, place, Label { refers: true, ..DATA_7 }, b"ev", &[Bytes::from_static(b"batch")]);
+        let label = Label { refers: true, left_out: 3 * 512, ..DATA_7 };
+        encode(&mut bytes, place, label, b"ev", &[Bytes::from_static(b"batch")]);
         let checksum_of = |bytes: &[u8]| {
             let mut hasher = Hasher::new();
             hasher.update(&[1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 2, 0]);
@@ -255,8 +263,8 @@ mod tests {
         let body = checksum_of(b"\0\0\0\x05evbatch");
         let rest = [
             &body[..],
-            &[0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 75, 0, 0, 0, 2, 0, 0, 0, 1, 1, 1],
-            &[0; 18],
+            &[0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 75, 0, 0, 0, 2, 0, 0, 0, 1, 1, 1, 3],
+            &[0; 17],
         ]
         .concat();
         let header = checksum_of(&rest);

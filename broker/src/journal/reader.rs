@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::file::JournalFile;
+use super::file::{JournalFile, PAGE};
 use super::frame::{Frame, FrameHeader, HEADER_BYTES, Place};
 use crate::disk::{DiskFile, SECTOR};
 
@@ -59,6 +59,17 @@ impl FrameReader {
             Bytes::from(body)
         };
         Ok(header.open(self.place(position), body))
+    }
+
+    /// Reads the frame that follows the one that ends at a position, and says where it begins: right there, or on the next
+    /// page, if it says itself that the rest of this one was left out. `None` as for [`Self::read`].
+    pub(super) fn read_next(&mut self, end: u64) -> io::Result<Option<(u64, Frame)>> {
+        if let Some(frame) = self.read(end)? {
+            return Ok(Some((end, frame)));
+        }
+        let page = end.next_multiple_of(PAGE);
+        let follows = |frame: &Frame| page - frame.header.left_out == end;
+        Ok(self.read(page)?.filter(follows).map(|frame| (page, frame)))
     }
 
     /// Reads only the header at a position.

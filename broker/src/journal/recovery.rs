@@ -127,6 +127,7 @@ impl Journal {
             options,
             asked: Asked::NotYet,
             next_lsn: scan.next,
+            used: 0,
             told: scan.next - 1,
             header: Vec::new(),
             recovered: scan.recovered,
@@ -279,7 +280,7 @@ impl Scan {
         Ok(scan)
     }
 
-    /// Replays a file's frames up to the first that is not the one due; returns the position where that was.
+    /// Replays a file's frames up to the first that is not the one due; returns where the frames before it end.
     fn read_file<E>(
         &mut self,
         chain: &Chain,
@@ -291,9 +292,9 @@ impl Scan {
         let io = |source| RecoverError::Io { path: file.path.clone(), source };
         let void_from = chain.files.get(index + 1).map_or(0, |next| next.file.header.first_lsn);
         let mut reader = FrameReader::new(file).map_err(io)?;
-        let mut position = file::FIRST_FRAME;
+        let mut end = file::FIRST_FRAME;
         while self.next != void_from {
-            let Some(mut frame) = reader.read(position).map_err(io)? else { break };
+            let Some((position, mut frame)) = reader.read_next(end).map_err(io)? else { break };
             let header = frame.header;
             let due = self.next - u64::from(header.kind == FrameKind::Mark);
             if header.lsn != due {
@@ -318,9 +319,9 @@ impl Scan {
                         .map_err(|source| RecoverError::Apply { lsn: header.lsn, source })?;
                 }
             }
-            position += frame::padded(header.length);
+            end = position + frame::padded(header.length);
         }
-        Ok(position)
+        Ok(end)
     }
 
     /// Makes the frame at a position whole, if it refers to anything outside and nothing proves that it was synced.
@@ -477,7 +478,8 @@ fn rebuild<E>(
             Some((batches, completed)) => (batches, *completed != Completed::Whole),
             None => (&frame.batches, frame.header.refers),
         };
-        let label = Label { kind: FrameKind::Data, lsn: location.lsn, synced: frame.header.synced, refers };
+        let synced = frame.header.synced;
+        let label = Label { kind: FrameKind::Data, lsn: location.lsn, synced, refers, left_out: 0 };
         let events = &frame.events;
         frame::encode(&mut encoded, place, label, events, batches);
         position +=

@@ -30,6 +30,15 @@ struct State {
     unsynced_outside: Vec<Arc<dyn OutsideFile>>,
 }
 
+/// How far syncs have come.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reached {
+    /// The highest synced LSN.
+    pub(super) synced: Lsn,
+    /// A sync has begun, or ended, of everything that is written.
+    pub(super) all_taken: bool,
+}
+
 impl Progress {
     pub(super) fn new(lsn: Lsn) -> Self {
         let state = State {
@@ -43,12 +52,12 @@ impl Progress {
         Self { state: Mutex::new(state), syncing: Mutex::new(()) }
     }
 
-    /// The highest synced LSN, or the failure that stopped the journal.
-    pub(super) fn check(&self) -> Result<Lsn, JournalError> {
+    /// How far syncs have come, or the failure that stopped the journal.
+    pub(super) fn check(&self) -> Result<Reached, JournalError> {
         let state = self.state.lock();
         match &state.failure {
             Some(failure) => Err(JournalError::Stopped(failure.clone())),
-            None => Ok(state.synced),
+            None => Ok(Reached { synced: state.synced, all_taken: state.unsynced_files.is_empty() }),
         }
     }
 

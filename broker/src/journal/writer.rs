@@ -7,16 +7,14 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::file::{self, JournalFile};
+use super::file::{self, JournalFile, PAGE};
 use super::frame::{self, FrameKind, Label, Place};
 use super::prepare::{Preparer, Wanted};
-use super::syncer::{Progress, Syncer};
+use super::syncer::{Progress, Reached, Syncer};
 use super::{FailedAction, Failure, JournalError, JournalOptions, Lsn, Outside};
 
 /// Writes end where a page of the page cache ends. The page that the next frame begins in is then always in memory whole,
 /// and never has to be read from a recycled file first.
-const PAGE: u64 = 4096;
-
 static PADDING: [u8; PAGE as usize] = [0; PAGE as usize];
 
 /// An open journal, owned by the one thread that writes it. Made by [`Journal::recover`].
@@ -37,6 +35,8 @@ pub struct Journal {
     /// Whether the next file has been asked for, and urgently.
     pub(super) asked: Asked,
     pub(super) next_lsn: Lsn,
+    /// Bytes of files that were used, since the start.
+    pub(super) used: u64,
     /// The highest synced LSN that some frame or header of the journal already tells.
     pub(super) told: Lsn,
     pub(super) header: Vec<u8>,
@@ -96,6 +96,11 @@ impl Journal {
         self.progress.unsynced_bytes()
     }
 
+    /// Bytes of files that frames have taken since the start, what was left out between them included.
+    pub fn used_bytes(&self) -> u64 {
+        self.used
+    }
+
     /// The failure that has stopped the journal, if any.
     pub fn failure(&self) -> Option<Arc<Failure>> {
         self.progress.failure()
@@ -145,7 +150,7 @@ impl Journal {
     /// Does nothing, and returns `false`, when some frame tells as much already. The mark itself takes effect with
     /// the next sync. Errors as for [`append`](Self::append).
     pub fn mark(&mut self) -> Result<bool, JournalError> {
-        if self.progress.check()? <= self.told {
+        if self.progress.check()?.synced <= self.told {
             return Ok(false);
         }
         let lsn = self.next_lsn - 1;
@@ -183,23 +188,32 @@ impl Journal {
         batches: &[Bytes],
         outside: Outside,
     ) -> Result<(), JournalError> {
-        let synced = self.progress.check()?;
-        self.make_room(frame::padded(length), lsn + u64::from(kind == FrameKind::Mark), synced)?;
-        let place = Place { salt: self.current.header.salt, position: self.position };
-        let label = Label { kind, lsn, synced, refers: !outside.files.is_empty() };
+        let Reached { synced, all_taken } = self.progress.check()?;
+        // A page that a sync has taken is not written again: the device would only get it once more, and nothing that
+        // happens to that write can touch frames that were synced.
+        let is_first = self.position == file::FIRST_FRAME;
+        let start = if all_taken && !is_first { self.position.next_multiple_of(PAGE) } else { self.position };
+        let first_lsn = lsn + u64::from(kind == FrameKind::Mark);
+        let start = self.make_room(start, frame::padded(length), first_lsn, synced)?;
+        let left_out = start.saturating_sub(self.position);
+        self.position = start;
+        let place = Place { salt: self.current.header.salt, position: start };
+        let label = Label { kind, lsn, synced, refers: !outside.files.is_empty(), left_out };
         frame::encode(&mut self.header, place, label, events, batches);
         let written =
-            write_frame(&self.current, self.position, self.options.file_bytes, &self.header, events, batches)
+            write_frame(&self.current, start, self.options.file_bytes, &self.header, events, batches)
                 .map_err(|source| self.progress.stop(FailedAction::Write, &self.current.path, source))?;
         self.progress.wrote(&self.current, lsn, written, outside);
         self.position += written;
+        self.used += left_out + written;
         self.told = synced;
         Ok(())
     }
 
-    /// Goes on to the next file when the frame does not fit the current one, and asks for the next in good time.
-    fn make_room(&mut self, bytes: u64, lsn: Lsn, synced: Lsn) -> Result<(), JournalError> {
-        let end = self.position + bytes;
+    /// Goes on to the next file when the frame does not fit the current one, and asks for the next in good time. Answers
+    /// where the frame begins.
+    fn make_room(&mut self, start: u64, bytes: u64, lsn: Lsn, synced: Lsn) -> Result<u64, JournalError> {
+        let end = start + bytes;
         if self.asked == Asked::NotYet && end > self.capacity / 2 {
             self.preparer.request(self.wanted(synced));
             self.asked = Asked::InGoodTime;
@@ -209,12 +223,12 @@ impl Journal {
             self.asked = Asked::AtOnce;
         }
         if end <= self.capacity {
-            return Ok(());
+            return Ok(start);
         }
         let next = match self.preparer.try_take() {
             Some(next) => next,
             // Growing the file costs its syncs a little; waiting costs every caller a lot.
-            None if end <= self.options.file_bytes => return Ok(()),
+            None if end <= self.options.file_bytes => return Ok(start),
             None => self
                 .preparer
                 .take(self.wanted(synced))
@@ -225,7 +239,7 @@ impl Journal {
         self.current = Arc::new(next);
         self.position = file::FIRST_FRAME;
         self.asked = Asked::NotYet;
-        Ok(())
+        Ok(self.position)
     }
 
     fn wanted(&self, synced: Lsn) -> Wanted {

@@ -67,8 +67,8 @@ pub(crate) struct Shard {
     synced: Lsn,
     /// What the engine was last told of `written` and `synced`.
     told: (Lsn, Lsn),
-    /// Bytes of frames since the last checkpoint was begun.
-    journaled: u64,
+    /// Bytes of the journal's files that were used before the last checkpoint was begun.
+    checkpointed: u64,
     read_only: Option<String>,
 }
 
@@ -110,7 +110,7 @@ impl Shard {
             written,
             synced,
             told: (written, synced),
-            journaled: 0,
+            checkpointed: 0,
             read_only: None,
         }
     }
@@ -162,9 +162,9 @@ impl Shard {
         self.written
     }
 
-    /// Bytes of frames since the last checkpoint was begun.
+    /// Bytes of the journal's files that were used since the last checkpoint was begun.
     pub(crate) fn journaled(&self) -> u64 {
-        self.journaled
+        self.journal.used_bytes() - self.checkpointed
     }
 
     /// True while new records are refused because the disk is nearly full.
@@ -341,12 +341,11 @@ impl Shard {
             };
             let referred = outside.bytes;
             let events = Engine::encode_frame(now, &mut self.effects);
-            let bytes = events.len() + self.effects.batches.iter().map(bytes::Bytes::len).sum::<usize>();
+            let used = self.journal.used_bytes();
             match self.journal.append_with(&events, &self.effects.batches, outside) {
                 Ok(lsn) => {
                     self.written = lsn;
-                    self.journaled += bytes as u64;
-                    self.room.spend(bytes as u64 + referred);
+                    self.room.spend(self.journal.used_bytes() - used + referred);
                 }
                 Err(_) if planted("apply-failed-write") => {
                     self.show();
@@ -457,7 +456,7 @@ impl Shard {
 
     /// Begins a checkpoint of the state as it is now, between turns.
     pub(crate) fn checkpoint(&mut self, now: Now) -> Checkpoint {
-        self.journaled = 0;
+        self.checkpointed = self.journal.used_bytes();
         // In this order: what is condemned is gone from the rows.
         let condemned = self.log.take_condemned();
         let rows = self.engine.take_dirty_rows();

@@ -106,6 +106,39 @@ fn a_mark_is_written_once_and_takes_no_lsn() {
 }
 
 #[test]
+fn a_page_that_a_sync_has_taken_is_not_written_again() {
+    let disk = MemDisk::new();
+    let mut journal = open(&disk);
+    let syncer = journal.syncer();
+    let frames: Vec<Content> = (0..6).map(|tag| content(tag, 600, &[])).collect();
+    for (at, frame) in frames.iter().enumerate() {
+        append(&mut journal, frame).unwrap();
+        if at % 2 == 1 {
+            syncer.sync().unwrap();
+        }
+    }
+    assert_eq!(journal.files.len(), 2);
+    // The third pair does not fit behind the second, on a page of its own.
+    assert_eq!((journal.position, journal.used_bytes()), (512 + 2 * 1024, 6 * 1024 + 1536));
+    drop(journal);
+    let items = Dump::open(Arc::new(disk.clone()), &dir()).unwrap();
+    let positions: Vec<u64> = items
+        .filter_map(|item| match item.unwrap() {
+            DumpItem::Frame(frame) => Some(frame.position),
+            DumpItem::File(_) => None,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(positions, [512, 1536, 4096, 5120, 512, 1536]);
+    let (mut journal, replayed) = recover(&disk, 0).unwrap();
+    assert_dense(&replayed, 0, &frames);
+    assert_eq!(replayed.len(), 6);
+    // What the start has written is synced as well.
+    append(&mut journal, &frames[0]).unwrap();
+    assert_eq!(journal.position, 4096 + 1024);
+}
+
+#[test]
 fn released_files_are_recycled_with_a_new_salt() {
     let disk = MemDisk::new();
     let mut journal = open(&disk);
@@ -353,19 +386,19 @@ fn a_dump_shows_files_frames_marks_gaps_and_what_is_void() {
     let expected = [
         "file 1 after 0 first 1 synced 0",
         "512+1024 Data 1 synced 0 Whole 600 2",
-        "1536+512 Mark 1 synced 1 Void 0 0",
-        "2048+1024 Data 2 synced 1 Void 600 0",
-        "3072+1024 Data 3 synced 1 Void 600 0",
+        "4096+512 Mark 1 synced 1 Void 0 0",
+        "4608+1024 Data 2 synced 1 Void 600 0",
+        "5632+1024 Data 3 synced 1 Void 600 0",
         "file 2 after 1 first 2 synced 3",
         "512+1024 Data 2 synced 1 Whole 600 0",
         "1536+1024 Data 3 synced 1 Whole 600 0",
     ];
     assert_eq!(dump(), expected);
     first.write_all_at(b"x", 600).unwrap();
-    first.write_all_at(b"x", 1540).unwrap();
+    first.write_all_at(b"x", 4100).unwrap();
     let found = dump();
     assert_eq!(found[1], "512+1024 Data 1 synced 0 Damaged 0 0");
-    assert_eq!(found[2], "1536+512 gap");
+    assert_eq!(found[2], "1536+3072 gap", "what was left out before a mark is known to the mark alone");
     assert_eq!(found[3..], expected[3..]);
     first.write_all_at(b"x", 0).unwrap();
     assert_eq!(dump()[0], "unreadable: it does not begin like a journal file");

@@ -25,6 +25,8 @@ struct Layout {
 #[derive(Clone, Copy)]
 struct Placed {
     position: u64,
+    /// Where the frame before it ends: what is between was left out.
+    due: u64,
     length: u64,
     /// LSN of the first data frame that is lost when this frame is.
     lsn: Lsn,
@@ -71,7 +73,8 @@ impl Writer {
         self.note_file();
         let position = self.journal.position - length.next_multiple_of(512);
         let file = self.history.files.last_mut().unwrap();
-        file.frames.push(Placed { position, length, lsn, claim: self.journal.told });
+        let due = file.frames.last().map_or(512, |last| last.position + last.length.next_multiple_of(512));
+        file.frames.push(Placed { position, due, length, lsn, claim: self.journal.told });
     }
 
     fn append(&mut self, events: usize, batches: &[usize]) {
@@ -109,7 +112,8 @@ impl Writer {
             let length =
                 (64 + events.len() + batches.iter().map(|batch| batch.len() + 4).sum::<usize>()) as u64;
             // What a rewritten frame claims is at most what its original did, and is proven by its file's header.
-            self.history.files.last_mut().unwrap().frames.push(Placed { position, length, lsn, claim: 0 });
+            let placed = Placed { position, due: position, length, lsn, claim: 0 };
+            self.history.files.last_mut().unwrap().frames.push(placed);
             position += length.next_multiple_of(512);
         }
         assert_eq!(position, self.journal.position);
@@ -154,7 +158,7 @@ impl History {
             return Verdict::Prefix(self.last);
         }
         if headers.chain(claims).any(|claim| claim >= lost.lsn) {
-            return Verdict::Refuse(file.sequence, lost.position);
+            return Verdict::Refuse(file.sequence, lost.due);
         }
         Verdict::Prefix(lost.lsn - 1)
     }
@@ -333,5 +337,5 @@ fn two_damages_are_refused_at_the_first() {
         let position = file.frames[1].position;
         disk.open(&dir().join(file::name(file.sequence))).unwrap().write_all_at(&[1; 700], position).unwrap();
     }
-    history.check(&disk, &Verdict::Refuse(first.sequence, first.frames[1].position), "two damages");
+    history.check(&disk, &Verdict::Refuse(first.sequence, first.frames[1].due), "two damages");
 }
