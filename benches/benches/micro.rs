@@ -1,4 +1,4 @@
-//! Hot work by the clock: codecs and engine, and what touches files: journal, log, recovery.
+//! Hot work by the clock: codecs and engine, what touches files (journal, log, recovery), and synced produce as a whole.
 
 mod scenarios;
 
@@ -8,18 +8,23 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use felucca_broker::disk::RealDisk;
 use felucca_broker::engine::effect::{SegmentName, SegmentWrite, ViewChange};
 use felucca_broker::engine::types::{PartitionKey, TopicId};
 use felucca_broker::journal::{Journal, JournalOptions};
 use felucca_broker::log::{LogOptions, ReadView, SegmentWriter};
+use felucca_broker::server::Server;
+use felucca_broker::settings::ServerSettings;
+use felucca_client::{Client, Producer, Record};
 use scenarios::{BATCH, SCENARIOS, batch};
 
 /// Frames that become durable with one sync.
 const GROUP: u64 = 64;
 /// Journal that is recovered; a share of the GiB that the figure is for.
 const RECOVERED_BYTES: u64 = 128 << 20;
+/// Records of 1 KiB that are produced before all of them are waited for.
+const PRODUCED: u32 = 20_000;
 
 fn scenarios(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("hot work");
@@ -133,5 +138,41 @@ fn reads(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, scenarios, journals, reads);
+/// Enqueues records for partitions in turns, and waits until all of them are on the device.
+async fn produce(producer: &Producer, partitions: u32, value: &Bytes) {
+    for number in 0..PRODUCED {
+        let record = Record::new("orders", value.clone()).partition(number % partitions);
+        drop(producer.enqueue(record).await.expect("room"));
+    }
+    producer.flush().await.expect("everything to be acknowledged");
+}
+
+/// What the journal that all partitions share is for: how many of them are written to should make little difference.
+fn active_partitions(criterion: &mut Criterion) {
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let value = Bytes::from_static(&[7; 1024]);
+    let mut group = criterion.benchmark_group("synced produce, active partitions");
+    group.sample_size(10).throughput(Throughput::Bytes(u64::from(PRODUCED) * value.len() as u64));
+    for partitions in [1, 10, 1_000] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let settings = ServerSettings {
+            data_dir: directory.path().to_owned(),
+            listen: "127.0.0.1:0".parse().expect("an address"),
+            ..ServerSettings::default()
+        };
+        let (server, producer) = runtime.block_on(async {
+            let server = Server::start(settings).await.expect("a broker");
+            let client = Client::connect(server.local_addr().to_string()).await.expect("a connection");
+            client.admin().create_topic("orders", partitions, &[]).await.expect("a topic");
+            (server, client.producer().build().await.expect("a producer"))
+        });
+        group.bench_function(BenchmarkId::from_parameter(partitions), |bencher| {
+            bencher.iter(|| runtime.block_on(produce(&producer, partitions, &value)));
+        });
+        drop(producer);
+        runtime.block_on(server.shutdown());
+    }
+}
+
+criterion_group!(benches, scenarios, journals, reads, active_partitions);
 criterion_main!(benches);

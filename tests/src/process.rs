@@ -119,6 +119,13 @@ impl BrokerProcess {
         self.log.lock().clone()
     }
 
+    /// Most memory that it had so far, in bytes.
+    pub fn peak_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.id())).expect("its status");
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+        peak.and_then(|kib| kib.parse::<u64>().ok()).expect("its peak memory") << 10
+    }
+
     /// Its process id (of the program that it runs under, if any).
     pub fn id(&self) -> u32 {
         self.child.id()

@@ -54,13 +54,6 @@ fn start(data: &Path, listen: &str) -> BrokerProcess {
     BrokerProcess::start_at(data, listen, &SETTINGS)
 }
 
-/// Most memory that a process had so far, in bytes.
-fn peak_bytes(process: &BrokerProcess) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", process.id())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
-}
-
 /// Reads the whole log; answers how many records there are.
 async fn check(client: &Client, count: u64, latest: &[Latest]) -> u64 {
     let consumer = client.consumer().assign("state", [0]).start(Start::Beginning);
@@ -118,7 +111,7 @@ async fn only_the_latest_record_of_each_key_stays_and_memory_is_flat() {
         // The flush below says whether all of them were taken.
         drop(producer.enqueue(record).await.unwrap());
         if offset % (count / 4) == count / 8 {
-            peak = peak.max(peak_bytes(&broker));
+            peak = peak.max(broker.peak_bytes());
             broker.kill();
             broker = start(dir.path(), &address);
         }
@@ -134,7 +127,7 @@ async fn only_the_latest_record_of_each_key_stays_and_memory_is_flat() {
         assert!(began.elapsed() < Duration::from_secs(120), "{left} records are left of {alive} keys");
         sleep(Duration::from_millis(300)).await;
     }
-    peak = peak.max(peak_bytes(&broker));
+    peak = peak.max(broker.peak_bytes());
     assert!(peak < MOST_MEMORY, "{} MiB", peak >> 20);
     broker.kill();
     broker = start(dir.path(), &address);

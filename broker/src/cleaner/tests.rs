@@ -264,6 +264,47 @@ async fn a_log_is_compacted_whatever_happens_meanwhile() {
     }
 }
 
+/// Offset of the only record of a key that is left, and whether it is a tombstone; `None` when there is none.
+fn only(view: &ReadView, key: &str) -> Option<(u64, bool)> {
+    let all = read_all(view);
+    let mut found = all.iter().filter(|(_, record)| record.key.as_deref() == Some(key.as_bytes()));
+    let only = found.next().map(|(offset, record)| (*offset, record.value.is_none()));
+    assert_eq!(found.next(), None, "another record of {key}");
+    only
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tombstone_stays_for_its_time_after_the_first_cleaning() {
+    const STAYS: Duration = Duration::from_secs(3);
+    let disk = MemDisk::new();
+    let open = || open(Arc::new(disk.clone()), Path::new("/data"), storage());
+    let (running, broker) = open().await;
+    let config = [&COMPACT[..], &[("delete.retention.ms", "3000")]].concat();
+    create_topic(&broker, &config).await;
+    let tombstone = Record { value: None, ..large("a", 1) };
+    let others = ["b", "c", "d", "e"].map(|key| large(key, 2));
+    for record in [&large("a", 0), &tombstone].into_iter().chain(&others) {
+        append(&broker, std::slice::from_ref(record), Compression::None).await.unwrap();
+    }
+    let began = std::time::Instant::now();
+    assert!(clean(&broker, 1 << 20).await.unwrap() > 0);
+    let found = only(&broker.view(PARTITION).unwrap(), "a");
+    assert!(began.elapsed() > STAYS || found == Some((1, true)), "{found:?}");
+    close(running).await;
+    // The time goes on over a restart.
+    let (running, broker) = open().await;
+    let view = broker.view(PARTITION).unwrap();
+    while only(&view, "a").is_some() {
+        assert!(began.elapsed() < 10 * STAYS, "the tombstone stays for ever");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        clean(&broker, 1 << 20).await.unwrap();
+    }
+    assert!(began.elapsed() >= STAYS, "it went after {:?}", began.elapsed());
+    assert_eq!(only(&view, "b"), Some((2, false)));
+    assert_eq!(append(&broker, &[large("a", 3)], Compression::None).await, Some(6));
+    close(running).await;
+}
+
 /// Takes what a share group hands out.
 #[derive(Debug, Default)]
 struct Taken(Mutex<Vec<Delivery>>);

@@ -3,12 +3,13 @@
 //! ```text
 //! cargo build --release -p felucca-broker -p felucca-tests
 //! target/release/capacity restart [GIB [DIRECTORY]]
-//! target/release/capacity amplification [DIRECTORY]
+//! target/release/capacity amplification [DIRECTORY [KIB PARTITIONS]]
 //! ```
 //!
 //! `restart`: so many GiB (8 when not said) in segments, 10,000 partitions and 1,000 share groups; how long a start takes after a
 //! clean stop and after a kill, and what the broker costs while nobody asks for anything. `amplification`: bytes that reach the
-//! device for each byte that is acknowledged; nothing else should write to it meanwhile.
+//! device for each byte that is acknowledged, with batches of so many KiB to so many partitions, or with all that the
+//! documentation has; nothing else should write to it meanwhile.
 
 use std::error::Error;
 use std::fs;
@@ -34,10 +35,13 @@ const FILLED: u32 = 16;
 const FILL_BYTES: usize = 128 << 10;
 /// How long batches of each size are written.
 const WRITING: Duration = Duration::from_secs(8);
-/// Checkpoints come so soon that the journal uses its files again after what is written first: until then it also fills
-/// new ones with zeros.
-const SOON: &[&str] = &["--checkpoint-journal-bytes=128MiB"];
-const FIRST_BYTES: u64 = 768 << 20;
+/// So much is journaled before anything is measured that the journal uses its files again: until then it also fills new
+/// ones with zeros.
+const FIRST_BYTES: u64 = 5 << 29;
+/// In batches that are too small to be written to their segment only.
+const FIRST_BATCH: usize = 16 << 10;
+/// KiB of a batch, and partitions.
+const BATCHES: &[(usize, u32)] = &[(1, 4), (16, 4), (256, 4), (1, 1_000), (16, 1_000), (256, 1_000)];
 
 #[tokio::main]
 async fn main() -> Outcome<()> {
@@ -47,9 +51,12 @@ async fn main() -> Outcome<()> {
         ["restart"] => restart(&mut out, 8, &std::env::temp_dir()).await,
         ["restart", gib] => restart(&mut out, gib.parse()?, &std::env::temp_dir()).await,
         ["restart", gib, directory] => restart(&mut out, gib.parse()?, Path::new(directory)).await,
-        ["amplification"] => amplification(&mut out, &std::env::temp_dir()).await,
-        ["amplification", directory] => amplification(&mut out, Path::new(directory)).await,
-        _ => Err("restart [GIB [DIRECTORY]] or amplification [DIRECTORY]".into()),
+        ["amplification"] => amplification(&mut out, &std::env::temp_dir(), BATCHES).await,
+        ["amplification", directory] => amplification(&mut out, Path::new(directory), BATCHES).await,
+        ["amplification", directory, kib, partitions] => {
+            amplification(&mut out, Path::new(directory), &[(kib.parse()?, partitions.parse()?)]).await
+        }
+        _ => Err("restart [GIB [DIRECTORY]] or amplification [DIRECTORY [KIB PARTITIONS]]".into()),
     }
 }
 
@@ -62,8 +69,8 @@ struct Broker {
 }
 
 impl Broker {
-    /// `settings`: those that are not the default, as flags.
-    fn start(data: &Path, settings: &[&str]) -> Outcome<Self> {
+    /// In the default settings.
+    fn start(data: &Path) -> Outcome<Self> {
         let felucca: PathBuf = std::env::current_exe()?.with_file_name("felucca");
         let began = Instant::now();
         let mut child = Command::new(&felucca)
@@ -71,7 +78,6 @@ impl Broker {
             .arg("--data-dir")
             .arg(data)
             .args(["--listen", "127.0.0.1:0"])
-            .args(settings)
             .env("FELUCCA_LOG", "warn")
             .stdout(Stdio::piped())
             .spawn()
@@ -118,12 +124,13 @@ impl Drop for Broker {
     }
 }
 
-async fn fill(client: &Client, bytes: u64) -> Outcome<()> {
-    let producer = client.producer().level(Level::Written).build().await?;
-    let value = Bytes::from(vec![b'x'; FILL_BYTES - 512]);
-    for number in 0..bytes / FILL_BYTES as u64 {
+/// Batches of one record each, to the partitions in turns.
+async fn fill(client: &Client, topic: &str, bytes: u64, batch: usize) -> Outcome<()> {
+    let producer = client.producer().level(Level::Written).max_batch_bytes(1).build().await?;
+    let value = Bytes::from(vec![b'x'; batch - 512]);
+    for number in 0..bytes / batch as u64 {
         let partition = (number % u64::from(FILLED)) as u32;
-        let record = Record::new("filled", value.clone()).partition(partition);
+        let record = Record::new(topic, value.clone()).partition(partition);
         // The flush says whether all of them were taken.
         drop(producer.enqueue(record).await?);
     }
@@ -132,7 +139,7 @@ async fn fill(client: &Client, bytes: u64) -> Outcome<()> {
 
 async fn restart(out: &mut impl Write, gib: u64, directory: &Path) -> Outcome<()> {
     let data = tempfile::tempdir_in(directory)?;
-    let broker = Broker::start(data.path(), &[])?;
+    let broker = Broker::start(data.path())?;
     writeln!(out, "start of an empty broker: {:?}", broker.started_in)?;
     let client = broker.client().await?;
     let admin = client.admin();
@@ -151,11 +158,11 @@ async fn restart(out: &mut impl Write, gib: u64, directory: &Path) -> Outcome<()
     }
     writeln!(out, "{known} partitions and {GROUPS} share groups made in {:?}", began.elapsed())?;
     let began = Instant::now();
-    fill(&client, gib << 30).await?;
+    fill(&client, "filled", gib << 30, FILL_BYTES).await?;
     writeln!(out, "{gib} GiB written in {:?}", began.elapsed())?;
     drop(client);
     writeln!(out, "clean stop: {:?}", broker.stop()?)?;
-    let broker = Broker::start(data.path(), &[])?;
+    let broker = Broker::start(data.path())?;
     writeln!(out, "start after a clean stop: {:?}", broker.started_in)?;
     sleep(Duration::from_secs(5)).await;
     let (_, _, before) = broker.cost()?;
@@ -166,12 +173,12 @@ async fn restart(out: &mut impl Write, gib: u64, directory: &Path) -> Outcome<()
     let client = broker.client().await?;
     let began = Instant::now();
     // Little less than what makes a checkpoint due.
-    fill(&client, 900 << 20).await?;
+    fill(&client, "filled", 900 << 20, FIRST_BATCH).await?;
     let written_in = began.elapsed();
     drop(client);
     drop(broker);
     writeln!(out, "killed after 900 MiB more, in {written_in:?}")?;
-    let broker = Broker::start(data.path(), &[])?;
+    let broker = Broker::start(data.path())?;
     writeln!(out, "start after the kill: {:?}", broker.started_in)?;
     writeln!(out, "clean stop: {:?}", broker.stop()?)?;
     Ok(())
@@ -186,15 +193,20 @@ fn device_bytes(path: &Path) -> Outcome<u64> {
     Ok(sectors * 512)
 }
 
-async fn amplification(out: &mut impl Write, directory: &Path) -> Outcome<()> {
+async fn amplification(out: &mut impl Write, directory: &Path, batches: &[(usize, u32)]) -> Outcome<()> {
+    let data = tempfile::tempdir_in(directory)?;
+    let broker = Broker::start(data.path())?;
+    let client = broker.client().await?;
+    client.admin().create_topic("orders", FILLED, &[("allow-written", "true")]).await?;
+    fill(&client, "orders", FIRST_BYTES, FIRST_BATCH).await?;
+    drop(client);
+    broker.stop()?;
     writeln!(out, "batch KiB  partitions  acknowledged MiB  MiB/s  bytes on the device for each")?;
-    for (kib, partitions) in [(1, 4), (16, 4), (256, 4), (1, 1_000), (16, 1_000), (256, 1_000)] {
-        let data = tempfile::tempdir_in(directory)?;
-        let broker = Broker::start(data.path(), SOON)?;
+    for &(kib, partitions) in batches {
+        let broker = Broker::start(data.path())?;
         let client = broker.client().await?;
+        client.admin().delete_topic("orders").await?;
         client.admin().create_topic("orders", partitions, &[]).await?;
-        client.admin().create_topic("filled", FILLED, &[("allow-written", "true")]).await?;
-        fill(&client, FIRST_BYTES).await?;
         let value = Bytes::from(vec![b'x'; (kib << 10) - 100]);
         // Each record a batch of its own.
         let producer = client.producer().max_batch_bytes(1).build().await?;

@@ -68,6 +68,31 @@ fn only_what_is_published_is_read_also_from_disk() {
 }
 
 #[test]
+fn reading_what_is_old_takes_nothing_from_the_tails() {
+    let disk = MemDisk::new();
+    let log = start(&disk, &LogOptions { tail_bytes: 50_000, ..options() });
+    let mut old = Model::new(0, 100_000);
+    let mut new = Model::new(1, 100_000);
+    for (model, batches) in [(&mut old, 300), (&mut new, 20)] {
+        model.create(&log);
+        for at in 0..batches {
+            model.append(&log, &times(at), 2_000);
+        }
+        model.publish(&log);
+        log.sync().unwrap();
+    }
+    let tail =
+        || (log.tail_bytes(), new.view(&log).tail().lock().start(), old.view(&log).tail().lock().start());
+    let before = tail();
+    assert!(before.1.is_some() && before.2 != Some(0), "{before:?}");
+    for max_bytes in [1, 5_000, 1 << 20] {
+        old.check(&log, max_bytes);
+    }
+    old.check_lookups(&log);
+    assert_eq!(tail(), before);
+}
+
+#[test]
 fn nothing_is_read_below_the_log_start() {
     let disk = MemDisk::new();
     let log = start(&disk, &forgetful());
