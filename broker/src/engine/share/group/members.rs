@@ -74,7 +74,7 @@ impl ShareGroup {
                 partition.state.lease(offset).is_none_or(|lease| held.contains(&(key, offset, lease.id)))
             };
             let desk = partition.desk(&self.ledger, &self.config, self.on_exhausted(&key.topic), stage.now);
-            let unnamed = offsets.iter().copied().filter(|offset| !is_named(*offset));
+            let unnamed = offsets.iter().filter(|offset| !is_named(*offset));
             let changes: Vec<_> = unnamed.map(|offset| settle::forgotten(&desk, offset)).collect();
             if !changes.is_empty() {
                 released.push((key, changes));

@@ -201,7 +201,7 @@ impl ShareGroup {
         let mut lost = Vec::new();
         let mut room = DUE_PER_STEP;
         for (key, offsets) in self.ledger.holders.offsets_of(member) {
-            let offsets: Vec<u64> = offsets.iter().copied().take(room).collect();
+            let offsets: Vec<u64> = offsets.iter().take(room).collect();
             room -= offsets.len();
             lost.push((key, offsets));
             if room == 0 {
