@@ -14,8 +14,7 @@ fn alone() -> MutexGuard<'static, ()> {
 /// Memory does not grow after a beginning.
 fn assert_flat(windows: &[Window]) {
     let (first, last) = (windows[2], windows[windows.len() - 1]);
-    // So small a process wavers by a few hundred KiB.
-    assert!(last.resident as f64 <= first.resident as f64 * 1.05 + 524_288.0, "{windows:#?}");
+    assert!(last.resident as f64 <= first.resident as f64 * 1.05 + bounds::WAVERING_BYTES, "{windows:#?}");
     assert!(last.charged as f64 <= first.charged as f64 * 1.05 + 65_536.0, "{windows:#?}");
 }
 

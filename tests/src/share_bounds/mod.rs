@@ -11,7 +11,7 @@ pub use limits::{
     frames_stay_small_when_many_leases_end_at_once,
 };
 pub use scenarios::{
-    Idle, Members, Retry, StuckKey, Window, a_partition_in_retry, acks_above_a_stuck_record, assert_spread,
-    idle_groups, leases_that_expire_together, members_come_and_go, one_stuck_key,
+    Idle, Members, Retry, StuckKey, WAVERING_BYTES, Window, a_partition_in_retry, acks_above_a_stuck_record,
+    assert_spread, idle_groups, leases_that_expire_together, members_come_and_go, one_stuck_key,
 };
 pub use throughput::{Cost, Load, throughput};
