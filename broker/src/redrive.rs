@@ -234,11 +234,7 @@ impl<'a> Job<'a> {
     fn submit(&mut self, command: Command, correlation: u64) {
         self.unanswered += u64::from(correlation == SETTLED);
         let responder = Responder::new(&self.origin, Token { correlation, tag: 0 });
-        let bytes = match &command {
-            Command::Complete { outputs, .. } => outputs.iter().map(|output| output.batch.bytes.len()).sum(),
-            _ => 0,
-        };
-        self.broker.submit([Submission::new(command, responder, bytes)]);
+        self.broker.submit([Submission::new(command, responder, 0)]);
     }
 
     /// Works through all letters; answers how many were settled, and how many refused.

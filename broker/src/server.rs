@@ -273,12 +273,14 @@ fn native_settings(settings: &ServerSettings) -> NativeSettings {
 
 /// Keeps a second process out of a data directory. The lock is the kernel's, on the open file: it ends with the process.
 #[derive(Debug)]
-struct DirLock {
+pub struct DirLock {
     _file: File,
 }
 
 impl DirLock {
-    fn take(dir: &Path) -> Result<Self, ServerError> {
+    /// # Errors
+    /// [`ServerError::Locked`]: a broker runs on it; or the file cannot be made.
+    pub fn take(dir: &Path) -> Result<Self, ServerError> {
         let path = dir.join(LOCK_FILE);
         let io = |source| ServerError::Io { path: path.clone(), source };
         let mut file =

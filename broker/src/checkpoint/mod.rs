@@ -29,9 +29,11 @@
 //! misread the rows; a file of a newer version is refused, never overwritten.
 
 mod backend;
+mod inspect;
 mod slot;
 mod store;
 #[cfg(test)]
 mod tests;
 
+pub use inspect::{Inspected, Whole, inspect, read_rows};
 pub use store::{CheckpointError, CheckpointStore, Loaded, Row};

@@ -4,9 +4,11 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use redb::{Builder, Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{
+    Builder, Database, ReadTransaction, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition,
+};
 
-use super::backend::DiskBackend;
+use super::backend::{DiskBackend, Untouched};
 use super::store::Row;
 use crate::disk::DiskFile;
 use crate::engine::types::Lsn;
@@ -68,6 +70,10 @@ fn bad(error: impl std::fmt::Display) -> SlotError {
 }
 
 impl Meta {
+    pub(super) fn row_count(&self) -> u64 {
+        self.rows.count
+    }
+
     fn encode(&self) -> [u8; META_BYTES] {
         let mut out = [0; META_BYTES];
         out[..4].copy_from_slice(&FORMAT.to_be_bytes());
@@ -146,10 +152,19 @@ pub(super) struct Slot {
 impl Slot {
     /// Opens a file, or makes a store in an empty one.
     pub(super) fn open(file: Arc<dyn DiskFile>, cache_bytes: usize) -> Result<Self, SlotError> {
+        Self::with(DiskBackend(file), cache_bytes)
+    }
+
+    /// Opens a file without changing it: what is written to it, as when it is opened, stays in memory.
+    pub(super) fn look(file: Arc<dyn DiskFile>, cache_bytes: usize) -> Result<Self, SlotError> {
+        Self::with(Untouched::new(file).map_err(bad)?, cache_bytes)
+    }
+
+    fn with(backend: impl StorageBackend, cache_bytes: usize) -> Result<Self, SlotError> {
         let open = || {
             let mut builder = Builder::new();
             builder.set_cache_size(cache_bytes);
-            builder.create_with_backend(DiskBackend(file)).map_err(bad)
+            builder.create_with_backend(backend).map_err(bad)
         };
         Ok(Self { database: Some(guarded(open)?) })
     }

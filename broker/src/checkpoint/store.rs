@@ -13,13 +13,13 @@ use crate::engine::types::Lsn;
 /// A row: its key, and its value or `None` when it is gone.
 pub type Row = (Vec<u8>, Option<Vec<u8>>);
 
-const NAMES: [&str; 2] = ["checkpoint-a.redb", "checkpoint-b.redb"];
+pub(super) const NAMES: [&str; 2] = ["checkpoint-a.redb", "checkpoint-b.redb"];
 
 /// Extension of a file that could not be used and was set aside, for people to look at; the next one replaces it.
 const DAMAGED: &str = "damaged";
 
 /// Memory that each file may use as a cache: rows are read once at a start and rarely afterwards.
-const CACHE_BYTES: usize = 4 * 1024 * 1024;
+pub(super) const CACHE_BYTES: usize = 4 * 1024 * 1024;
 
 /// Why a checkpoint cannot be loaded or committed. None of these goes away by trying again in the same process.
 #[derive(Debug, thiserror::Error)]

@@ -1,7 +1,9 @@
-//! `felucca journal`: looking into a journal without a broker.
+//! `felucca journal`: looking into a journal without a broker, and repairing a damaged one.
+
+mod repair;
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -33,6 +35,24 @@ Examples:
         #[arg(long)]
         events: bool,
     },
+    /// Show what a broker that refuses a damaged journal would lose by going on, and do so if told to
+    #[command(after_help = "\
+Without --accept-loss nothing is changed: the damage is named, and everything that would be lost, as far as it can be
+read. With it the journal ends in front of the first frame that is missing, and the old files are kept as *.damaged. The
+offsets of lost records are not used again: each partition goes on at least 268,435,456 offsets later. Restore a copy of the data
+directory instead, where there is one.
+
+Examples:
+  felucca journal repair --data-dir data
+  felucca journal repair --data-dir data --accept-loss")]
+    Repair {
+        /// The broker's data directory
+        #[arg(long, value_name = "DIR")]
+        data_dir: PathBuf,
+        /// Give up what is shown as lost
+        #[arg(long)]
+        accept_loss: bool,
+    },
 }
 
 /// A batch in a frame.
@@ -47,7 +67,13 @@ struct Batch {
 
 impl Journal {
     pub(super) fn run(self, format: Format) -> anyhow::Result<()> {
-        let Self::Dump { data_dir, events } = self;
+        match self {
+            Self::Dump { data_dir, events } => Self::dump(&data_dir, events, format),
+            Self::Repair { data_dir, accept_loss } => repair::run(&data_dir, accept_loss, format),
+        }
+    }
+
+    fn dump(data_dir: &Path, events: bool, format: Format) -> anyhow::Result<()> {
         let dir = data_dir.join("journal");
         let dump = Dump::open(Arc::new(RealDisk), &dir)
             .with_context(|| format!("cannot read the journal in {}", dir.display()))?;

@@ -1,5 +1,7 @@
 //! `felucca log`: looking into segment files without a broker.
 
+mod checkpoint;
+
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -33,9 +35,10 @@ Examples:
         #[arg(long)]
         records: bool,
     },
-    /// Check every batch of every segment; changes nothing, fails when something is damaged
+    /// Check every batch of every segment and every row of the checkpoint; changes nothing, fails when something is damaged
     #[command(after_help = "\
-What is only in the journal is not looked at. Bytes at the end of a partition's newest segment that are no whole batch may
+What is only in the journal is not looked at. Segments that the newest whole checkpoint knows must be there, and as long as it
+says, unless their topic is gone. Bytes at the end of a partition's newest segment that are no whole batch may
 be left over from before a crash; they are named and no damage.
 
 Example:
@@ -58,7 +61,11 @@ impl Log {
             Self::Verify { data_dir } => {
                 let files = SegmentFile::list(&data_dir)
                     .with_context(|| format!("cannot read the segments in {}", data_dir.display()))?;
-                verify(&files, format)
+                let checkpoint = checkpoint::verify(&data_dir, format);
+                match (checkpoint, verify(&files, format)) {
+                    (Err(one), Err(other)) => bail!("{one}; {other}"),
+                    (one, other) => one.and(other),
+                }
             }
         }
     }
@@ -174,10 +181,14 @@ fn verify(files: &[SegmentFile], format: Format) -> anyhow::Result<()> {
         print_line(&format!("{segments}, {batches}, {records}"))?;
     }
     if damaged > 0 {
-        let verb = if damaged == 1 { "is" } else { "are" };
-        bail!("{} {verb} damaged", counted(damaged, "segment"));
+        bail!("{}", are_damaged(damaged, "segment"));
     }
     Ok(())
+}
+
+fn are_damaged(count: u64, what: &str) -> String {
+    let verb = if count == 1 { "is" } else { "are" };
+    format!("{} {verb} damaged", counted(count, what))
 }
 
 /// What is to be said of a segment, and whether it is damage.

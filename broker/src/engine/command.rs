@@ -287,6 +287,19 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// Bytes of the batches that it brings along.
+    pub fn batch_bytes(&self) -> usize {
+        match self {
+            Self::Append { entries, .. } | Self::Complete { outputs: entries, .. } => {
+                entries.iter().map(|entry| entry.batch.bytes.len()).sum()
+            }
+            Self::DeadLetterBuilt { letter: Ok(letter), .. } => letter.bytes.len(),
+            _ => 0,
+        }
+    }
+}
+
 /// Why a dead letter could not be built.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LetterError {

@@ -17,6 +17,8 @@ pub enum EngineError {
     InvalidConfig(String),
     #[error("{0}")]
     InvalidRequest(String),
+    #[error("the request has {bytes} bytes; at most {limit} can be carried out at once (max-frame-bytes)")]
+    RequestTooLarge { bytes: u64, limit: u64 },
     #[error("topic {0:?} takes no records from producers: it belongs to a share group")]
     ForeignProducer(String),
     #[error("topic {0:?} does not allow the level `written`; create it with allow-written=true")]

@@ -51,9 +51,12 @@ use share::ShareGroup;
 use share::acks::OpenAcks;
 use share::budget::Budget;
 use stage::{RowKey, Stage, TimerKey, Timers};
-use types::{Level, Lsn, Now, PartitionKey, RequestId, SubscriptionId, TopicId};
+use types::{Level, Lsn, Now, PartitionKey, RESUME_STEP, RequestId, SubscriptionId, TopicId};
 
 use crate::plants::planted;
+
+/// Offsets that a partition passes over when an unknown number of its records was lost.
+const PASSED_OVER: u64 = 256 << 20;
 
 /// Leases that end and records that are due in one turn: about so many changes fit well into one frame.
 const DUE_PER_TURN: usize = 16_384;
@@ -169,6 +172,8 @@ pub struct Engine {
     ceilings: VecDeque<(Lsn, PartitionKey, u64)>,
     /// Why producers are refused for now; no state, for the disk of the next run is another.
     no_room: Option<NoRoom>,
+    /// See [`Engine::note_lost_records`].
+    records_lost: bool,
 }
 
 impl Engine {
@@ -192,6 +197,7 @@ impl Engine {
             unsynced: VecDeque::new(),
             ceilings: VecDeque::new(),
             no_room: None,
+            records_lost: false,
         }
     }
 
@@ -251,6 +257,11 @@ impl Engine {
         event::Frame { monotonic_ms: now.monotonic_ms, wall_ms: now.wall_ms, events }.encode_to_vec()
     }
 
+    /// A repair has given up frames that had been synced: partitions are to resume above the offsets that were in them.
+    pub fn note_lost_records(&mut self) {
+        self.records_lost = true;
+    }
+
     /// Begins a run: a new boot epoch, everything recovered becomes visible, derived state is built. The frame must be synced
     /// before anything is served. `machine_boot` names the run of the operating system: when it changed without a clean
     /// stop, unsynced writes may be gone, and partitions that had shown unsynced offsets resume above all of them.
@@ -260,19 +271,23 @@ impl Engine {
             !self.meta.stopped && self.meta.machine_boot != machine_boot && !planted("mint-offsets-twice");
         let boot_epoch = if planted("forget-boot-epoch") { 1 } else { self.meta.boot_epoch + 1 };
         self.stage_event(Kind::Booted(Booted { boot_epoch, machine_boot: machine_boot.to_owned() }), out);
-        if power_lost {
-            let shown = self.partitions.values().filter(|partition| partition.ceiling > partition.end);
-            let epochs: Vec<EpochStarted> = shown
-                .map(|partition| EpochStarted {
-                    topic_id: partition.key.topic.0.to_vec(),
-                    partition: partition.key.partition,
-                    epoch: partition.epoch + 1,
-                    start_offset: partition.ceiling,
-                })
-                .collect();
-            for epoch in epochs {
-                self.stage_event(Kind::EpochStarted(epoch), out);
-            }
+        let records_lost = std::mem::take(&mut self.records_lost);
+        let start_of = |partition: &Partition| {
+            let ceiling = if power_lost { partition.ceiling } else { 0 };
+            let above =
+                if records_lost { (partition.end + PASSED_OVER).next_multiple_of(RESUME_STEP) } else { 0 };
+            Some(ceiling.max(above)).filter(|start| *start > partition.end)
+        };
+        let epochs = self.partitions.values().filter_map(|partition| {
+            Some(EpochStarted {
+                topic_id: partition.key.topic.0.to_vec(),
+                partition: partition.key.partition,
+                epoch: partition.epoch + 1,
+                start_offset: start_of(partition)?,
+            })
+        });
+        for epoch in epochs.collect::<Vec<_>>() {
+            self.stage_event(Kind::EpochStarted(epoch), out);
         }
         self.desk.boot_epoch = boot_epoch;
         self.desk.next_sequence = 0;

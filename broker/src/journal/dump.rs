@@ -101,6 +101,8 @@ pub struct DumpedFrame {
     pub lsn: Lsn,
     /// Frames up to this LSN were known to be on the device when it was written.
     pub synced: Lsn,
+    /// Some of its batches lie elsewhere, and only their beginnings are here.
+    pub refers: bool,
     /// Its events; empty when the frame is damaged.
     pub events: Bytes,
     /// Its batches; empty when the frame is damaged.
@@ -193,6 +195,7 @@ impl Open {
             state,
             lsn: header.lsn,
             synced: header.synced,
+            refers: header.refers,
             events,
             batches,
         })))

@@ -10,7 +10,8 @@
 //!     32    8  previous: sequence of the file that this one continues; 0 = none before it
 //!     40    8  first lsn: what earlier files hold at or above it is void; 0 = the file voids nothing
 //!     48    8  synced: every data frame up to this LSN was on the device when the file got its name
-//!     56  456  zero
+//!     56    8  given up: a repair gave up the frames from this LSN on, and no run has begun since; 0 = none were
+//!     64  448  zero
 //!    512       frames, each at a multiple of 512: behind the one before, or on the next page
 //! ```
 //!
@@ -58,6 +59,8 @@ pub(super) struct FileHeader {
     /// 0 = not set; see the layout above.
     pub(super) first_lsn: Lsn,
     pub(super) synced: Lsn,
+    /// 0 = nothing was given up.
+    pub(super) given_up: Lsn,
 }
 
 impl FileHeader {
@@ -65,7 +68,7 @@ impl FileHeader {
     pub(super) fn new(random: u64, sequence: u64, previous: u64, first_lsn: Lsn, synced: Lsn) -> Self {
         // Odd, so that the tag of no frame is zero: positions are even.
         let salt = random | 1;
-        Self { salt, sequence, previous, first_lsn, synced }
+        Self { salt, sequence, previous, first_lsn, synced, given_up: 0 }
     }
 
     pub(super) fn encode(&self) -> [u8; BLOCK] {
@@ -77,6 +80,7 @@ impl FileHeader {
         block[32..40].copy_from_slice(&self.previous.to_be_bytes());
         block[40..48].copy_from_slice(&self.first_lsn.to_be_bytes());
         block[48..56].copy_from_slice(&self.synced.to_be_bytes());
+        block[56..64].copy_from_slice(&self.given_up.to_be_bytes());
         let checksum = crc32fast::hash(&block);
         block[12..16].copy_from_slice(&checksum.to_be_bytes());
         block
@@ -98,6 +102,7 @@ impl FileHeader {
                 previous: read_u64(&block, 32),
                 first_lsn: read_u64(&block, 40),
                 synced: read_u64(&block, 48),
+                given_up: read_u64(&block, 56),
             }),
             0 => Err(HeaderError::Damaged("no journal ever had format version 0")),
             found => Err(HeaderError::Newer(found)),

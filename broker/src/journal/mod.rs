@@ -31,6 +31,7 @@ mod frame;
 mod prepare;
 mod reader;
 mod recovery;
+mod repair;
 mod syncer;
 #[cfg(test)]
 mod tests;
@@ -44,6 +45,7 @@ pub use dump::{Dump, DumpItem, DumpedFile, DumpedFrame, FrameState};
 pub use file::FORMAT_VERSION;
 pub use frame::FrameKind;
 pub use recovery::{Completed, Replay};
+pub use repair::{Damage, Repair, RepairError, Unreadable};
 pub use syncer::Syncer;
 pub use writer::{Journal, Recovered};
 

@@ -61,15 +61,13 @@ impl FrameReader {
         Ok(header.open(self.place(position), body))
     }
 
-    /// Reads the frame that follows the one that ends at a position, and says where it begins: right there, or on the next
-    /// page, if it says itself that the rest of this one was left out. `None` as for [`Self::read`].
-    pub(super) fn read_next(&mut self, end: u64) -> io::Result<Option<(u64, Frame)>> {
-        if let Some(frame) = self.read(end)? {
-            return Ok(Some((end, frame)));
-        }
+    /// Where the frame begins that follows the one that ends at a position: right there, or on the next page, if its header
+    /// says that the rest of this one was left out. Nothing may be there.
+    pub(super) fn next_position(&mut self, end: u64) -> io::Result<u64> {
         let page = end.next_multiple_of(PAGE);
-        let follows = |frame: &Frame| page - frame.header.left_out == end;
-        Ok(self.read(page)?.filter(follows).map(|frame| (page, frame)))
+        let is_there = self.header(end)?.is_some();
+        let is_next = |header: FrameHeader| page - header.left_out == end;
+        Ok(if !is_there && self.header(page)?.is_some_and(is_next) { page } else { end })
     }
 
     /// Reads only the header at a position.

@@ -24,6 +24,7 @@
 //! Undecidable by any journal: damage to the last frames synced before anything said so.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -99,6 +100,7 @@ impl Journal {
             scan.forget_synced();
         }
         scan.recovered.rewritten = scan.unsynced.len() as u64;
+        scan.recovered.given_up = scan.given_up != 0;
         let (current, position, kept) = rebuild(&*disk, dir, &options, &listing, &chain, &scan)?;
 
         let mut files: VecDeque<HeldFile> = chain.older.into();
@@ -132,6 +134,17 @@ impl Journal {
             header: Vec::new(),
             recovered: scan.recovered,
         })
+    }
+}
+
+impl Journal {
+    /// Whether [`Self::recover`] would open the journal. Changes nothing.
+    pub(super) fn check(disk: &dyn Disk, dir: &Path, from: Lsn) -> Result<(), RecoverError<Infallible>> {
+        let io = |source| RecoverError::Io { path: dir.to_path_buf(), source };
+        let listing = Listing::read(disk, dir).map_err(io)?;
+        let chain = Chain::load(disk, dir, &listing, from)?;
+        let mut nothing = |_: Lsn, _: &[u8], _: Vec<Bytes>| Ok(());
+        Scan::run(&chain, from, &mut nothing).map(drop)
     }
 }
 
@@ -193,7 +206,7 @@ impl Chain {
         let mut older = Vec::new();
         let mut sequence = newest;
         while listing.journals.contains(&sequence) {
-            if let Ok(link) = ChainFile::open::<std::convert::Infallible>(disk, dir, sequence) {
+            if let Ok(link) = ChainFile::open::<Infallible>(disk, dir, sequence) {
                 older.push(link.held);
                 sequence = link.file.header.previous;
                 continue;
@@ -246,6 +259,8 @@ struct Scan {
     unsynced: VecDeque<Location>,
     /// `proven` is all that the rest of the chain proves.
     searched: bool,
+    /// What the newest file says of that, if nothing came after it.
+    given_up: Lsn,
     recovered: Recovered,
 }
 
@@ -265,6 +280,7 @@ impl Scan {
             entered: Vec::new(),
             unsynced: VecDeque::new(),
             searched: false,
+            given_up: 0,
             recovered: Recovered::default(),
         };
         for index in 0..chain.files.len() {
@@ -277,6 +293,8 @@ impl Scan {
             }
         }
         scan.forget_synced();
+        let given_up = chain.files.last().map_or(0, |newest| newest.file.header.given_up);
+        scan.given_up = if scan.next <= given_up { given_up } else { 0 };
         Ok(scan)
     }
 
@@ -294,7 +312,8 @@ impl Scan {
         let mut reader = FrameReader::new(file).map_err(io)?;
         let mut end = file::FIRST_FRAME;
         while self.next != void_from {
-            let Some((position, mut frame)) = reader.read_next(end).map_err(io)? else { break };
+            let position = reader.next_position(end).map_err(io)?;
+            let Some(mut frame) = reader.read(position).map_err(io)? else { break };
             let header = frame.header;
             let due = self.next - u64::from(header.kind == FrameKind::Mark);
             if header.lsn != due {
@@ -404,10 +423,10 @@ impl Scan {
             }
             start = file::FIRST_FRAME;
         }
-        let here = &chain.files[index].file.path;
+        let here = &chain.files[index].file;
         let Some(witness) = witness.filter(|_| !planted("cut-the-middle")) else {
             if seen_in.is_some() {
-                self.recovered.torn = Some((here.clone(), end));
+                self.recovered.torn = Some((here.path.clone(), end));
             }
             return Ok(());
         };
@@ -419,7 +438,11 @@ impl Scan {
             Some(next) if next.held.first_lsn == 0 && has_begun(index + 1) => {
                 Err(corrupt(&next.file.path, file::FIRST_FRAME, reason))
             }
-            _ => Err(corrupt(here, end, reason)),
+            _ => {
+                let io = |source| RecoverError::Io { path: here.path.clone(), source };
+                let position = FrameReader::new(here).and_then(|mut reader| reader.next_position(end));
+                Err(corrupt(&here.path, position.map_err(io)?, reason))
+            }
         }
     }
 
@@ -453,7 +476,9 @@ fn rebuild<E>(
     };
     let path = dir.join(file::name(sequence));
     let io = |source| RecoverError::Io { path: path.clone(), source };
-    let header = FileHeader::new(options.environment.random(), sequence, previous, first_lsn, scan.next - 1);
+    let mut header =
+        FileHeader::new(options.environment.random(), sequence, previous, first_lsn, scan.next - 1);
+    header.given_up = scan.given_up;
     // The names relied on may be from a start that died before it had synced them.
     if !chain.files.is_empty() {
         disk.sync_dir(dir).map_err(io)?;

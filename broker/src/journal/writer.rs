@@ -73,12 +73,19 @@ pub struct Recovered {
     pub rewritten: u64,
     /// File and position at which a torn tail was cut.
     pub torn: Option<(PathBuf, u64)>,
+    /// A repair has given up frames that had been synced, and no run has begun since.
+    pub given_up: bool,
 }
 
 impl Journal {
     /// LSN that the next appended frame will have.
     pub fn next_lsn(&self) -> Lsn {
         self.next_lsn
+    }
+
+    /// Longest frame that can be appended, in bytes.
+    pub fn max_frame_bytes(&self) -> u64 {
+        self.options.max_frame_bytes
     }
 
     /// LSN of the last frame written; every frame up to it survives the death of the process.

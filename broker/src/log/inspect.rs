@@ -106,6 +106,13 @@ impl SegmentFile {
             .find(|segment| segment.path.canonicalize().is_ok_and(|at| at == path))
     }
 
+    /// Where a segment of a data directory is.
+    pub fn path_of(data_dir: &Path, name: SegmentName) -> PathBuf {
+        let SegmentName { partition, base_offset, generation } = name;
+        let directory = data_dir.join("log").join(partition.topic.to_string());
+        directory.join(partition.partition.to_string()).join(format!("{base_offset:020}-{generation}.log"))
+    }
+
     /// Walks through the file and hands each whole batch, with its position, to `visit`.
     ///
     /// # Errors

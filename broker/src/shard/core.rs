@@ -13,6 +13,9 @@
 //! **One release rule.** Every reply, also a rejection's or a query's, waits until the last frame that had been staged when
 //! it was decided has reached the reply's level.
 //!
+//! **A frame has room for every turn.** What a turn takes in, and each single request, is at most three quarters of what a frame
+//! may hold; what is larger is refused before the engine sees it, for the engine cannot take anything back.
+//!
 //! **After a failed write** the shard latches read-only: the first reason is kept, what had been staged is never shown, and
 //! every later command but a query is refused with it.
 
@@ -189,6 +192,11 @@ impl Shard {
         self.read_only.as_deref()
     }
 
+    /// Most bytes of requests that one frame is for. The rest of it is for what the engine adds to them, and does by itself.
+    pub(crate) fn turn_bytes(&self) -> usize {
+        usize::try_from(self.journal.max_frame_bytes() / 4 * 3).unwrap_or(usize::MAX)
+    }
+
     /// Whether appends may be taken in now. After a "no" the sync thread or the segment writer brings news.
     pub(crate) fn takes_bulk(&self) -> bool {
         // Refusing needs no room.
@@ -267,7 +275,17 @@ impl Shard {
     }
 
     fn step(&mut self, now: Now, lsn: Lsn, submission: Submission) {
+        let (bytes, limit) = (submission.bytes(), self.turn_bytes());
         let Submission { command, responder, .. } = submission;
+        let responder = match responder {
+            // It depends on nothing that could be lost, and so need not wait.
+            Some(responder) if bytes > limit => {
+                let refused = EngineError::RequestTooLarge { bytes: bytes as u64, limit: limit as u64 };
+                responder.answer(Reply::Error(refused), &mut self.wakes);
+                return;
+            }
+            responder => responder,
+        };
         let opens = match &command {
             Command::ShareSubscribe { subscription, .. } => Some(*subscription),
             Command::ShareUnsubscribe { subscription } => {

@@ -28,18 +28,20 @@ pub struct Submission {
 }
 
 impl Submission {
-    /// A command that came as `bytes` bytes, and who waits for its answer.
+    /// A command that came as `bytes` bytes, its batches included or not, and who waits for its answer.
     pub fn new(command: Command, responder: Responder, bytes: usize) -> Self {
+        let bytes = bytes.max(command.batch_bytes());
         Self { command, responder: Some(responder), bytes }
     }
 
-    /// A small command without an answer.
+    /// A command without an answer.
     pub fn silent(command: Command) -> Self {
-        let bytes = match &command {
-            Command::DeadLetterBuilt { letter: Ok(letter), .. } => letter.bytes.len(),
-            _ => 0,
-        };
+        let bytes = command.batch_bytes();
         Self { command, responder: None, bytes }
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
     }
 }
 

@@ -192,6 +192,10 @@ pub(super) fn recover(
         Journal::recover(disk.clone(), &data_dir.join("journal"), options.journal, from, &mut replay)?;
     let replayed = replay.replayed;
     let recovered = journal.recovered();
+    if recovered.given_up {
+        tracing::warn!("the journal was repaired: partitions resume above the offsets of what was lost");
+        engine.note_lost_records();
+    }
     if let Some((file, position)) = &recovered.torn {
         tracing::warn!(file = %file.display(), position, "the journal's end was torn by a crash and has been cut");
     }

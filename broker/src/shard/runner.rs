@@ -150,7 +150,8 @@ impl Runner {
     /// Drains the inbox, and carries out what was in it.
     fn turn(&mut self, inbox: &Inbox) -> After {
         let bulk = self.shard.takes_bulk();
-        let limits = DrainLimits { bytes: TURN_BYTES, commands: TURN_COMMANDS, bulk };
+        let bytes = TURN_BYTES.min(self.shard.turn_bytes());
+        let limits = DrainLimits { bytes, commands: TURN_COMMANDS, bulk };
         let more = inbox.drain(limits, &mut self.commands, &mut self.news);
         for news in self.news.drain(..) {
             match &news {

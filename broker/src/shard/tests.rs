@@ -394,3 +394,33 @@ async fn few_segments_at_a_time_wait_for_a_sync_of_the_journal() {
     carry_out(&mut shard, &broker, large(6, Level::Written, 0), false).await;
     assert_eq!(segments(&disk).len(), 5);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_no_frame_can_hold_is_refused_and_changes_nothing() {
+    let mut options = options();
+    options.journal.max_frame_bytes = 64 << 10;
+    let disk = MemDisk::new();
+    let (running, broker) = open_with(&disk, options.clone()).await.unwrap();
+    create_topic(&broker, &[]).await;
+    let large = |bytes: usize| {
+        let mut builder = BatchBuilder::new();
+        builder.push(0, None, Some(&vec![b'1'; bytes]), &[]).unwrap();
+        let bytes = builder.finish();
+        let batch = StagedBatch { header: BatchHeader::parse(&bytes).unwrap(), bytes };
+        let entries = vec![AppendEntry { partition: PARTITION, batch }];
+        Command::Append { level: Level::Synced, entries }
+    };
+    let refused = broker.call(large(100 << 10)).await;
+    assert!(
+        matches!(refused, Err(BrokerError::Engine(EngineError::RequestTooLarge { limit: 49_152, .. }))),
+        "{refused:?}"
+    );
+    // Together they are too much for one frame, and are carried out all the same.
+    let all = futures::future::join_all((0..40).map(|_| broker.call(large(20 << 10)))).await;
+    assert!(all.iter().all(Result::is_ok), "{all:?}");
+    assert_eq!(append(&broker, Level::Synced, 7).await.unwrap(), 40);
+    close(running).await;
+    let (running, broker) = open_with(&disk, options).await.unwrap();
+    assert_eq!(broker.view(PARTITION).unwrap().high_watermark(), 41);
+    close(running).await;
+}

@@ -5,9 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use felucca_broker::checkpoint::inspect;
 use felucca_broker::disk::{Disk, MemDisk};
 use felucca_broker::engine::types::Lsn;
 use felucca_broker::environment::Environment;
+use felucca_broker::journal::{Repair, RepairError};
 use felucca_broker::shard::{StartError, Stepped, StorageOptions};
 
 use super::content::identify;
@@ -84,12 +86,75 @@ impl World {
             Err(StartError::Journal(error)) if place == Rotten::Journal => {
                 self.note(|| format!("refused: {error}"));
                 self.coverage.meet("recovery", "damaged journal refused");
+                self.repair_copy(&disk, &path);
             }
             Err(StartError::Checkpoint(error)) if place == Rotten::Checkpoint && !others => {
                 self.note(|| format!("refused: {error}"));
                 self.coverage.meet("recovery", "damaged checkpoint refused");
             }
             Err(error) => panic!("with a bit flipped in {}: {error}", path.display()),
+        }
+    }
+
+    /// A journal that was refused is repaired: what lies in front of the first frame that is missing is all there, and a
+    /// crash in between harms nothing.
+    fn repair_copy(&mut self, disk: &MemDisk, path: &Path) {
+        let checkpoints =
+            inspect(disk, &Path::new(DATA).join("checkpoint")).expect("a disk that can be read");
+        let from = checkpoints.iter().filter_map(|found| Some(found.state.as_ref().ok()?.lsn)).max();
+        let storage: Arc<dyn Disk> = Arc::new(disk.clone());
+        let plan = Repair::plan(storage, &Path::new(DATA).join("journal"), from.unwrap_or(0));
+        let plan = match plan {
+            Ok(plan) => plan.expect("a journal that was refused"),
+            Err(RepairError::Hopeless) => return,
+            Err(error) => panic!("with a bit flipped in {}: {error}", path.display()),
+        };
+        let cut = plan.cut();
+        if self.rng.chance(30) {
+            disk.power_fails_after(self.rng.below(20));
+        }
+        let repaired = plan.apply(&self.environment.fork());
+        let was_cut_short = repaired.is_err();
+        disk.power_cut(self.rng.bits());
+        let shard = match self.start_copy(disk, self.environment.fork()) {
+            Ok(shard) => shard,
+            Err(StartError::Journal(_)) if was_cut_short => return,
+            Err(error) => panic!("repaired behind a bit flipped in {}: {error}", path.display()),
+        };
+        if was_cut_short {
+            // Repaired or not: the power that failed may have taken the damage along, and what showed it.
+            return;
+        }
+        self.note(|| format!("repaired: frames from {cut} on are given up"));
+        self.coverage.meet("recovery", "damaged journal repaired");
+        let broker = shard.broker(1 << 20, limits());
+        for (key, log) in &self.history.logs {
+            // Made, or deleted, in what was given up.
+            let Ok(view) = broker.view(*key) else { continue };
+            let mut found = BTreeMap::new();
+            read_around_damage(
+                &view,
+                |at| log.known_behind(at),
+                |record| {
+                    let record =
+                        record.unwrap_or_else(|at| panic!("{key} cannot be read at {at} after a repair"));
+                    let wrong = log.agrees(record);
+                    assert!(wrong.is_ok(), "repaired behind a bit flipped in {}: {wrong:?}", path.display());
+                    found.extend(identify(record).ok().map(|identity| (record.offset, identity)));
+                },
+            );
+            let known = log
+                .must_have(Some(cut - 1), view.log_start())
+                .find(|(offset, _)| !found.contains_key(offset));
+            assert!(
+                log.is_compacted() || known.is_none(),
+                "{key} has lost more than it was said to lose from frame {cut} on: {known:?}"
+            );
+            assert!(
+                view.high_watermark() > log.end(),
+                "{key} may use offsets again: it goes on at {}",
+                view.high_watermark()
+            );
         }
     }
 

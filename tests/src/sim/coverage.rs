@@ -117,6 +117,7 @@ const WANTED: &[(&str, &[&str])] = &[
             "from the other checkpoint",
             "offsets passed over after lost power",
             "damaged journal refused",
+            "damaged journal repaired",
             "damaged checkpoint refused",
             "damaged end cut",
             "referred batch replayed",

@@ -483,14 +483,8 @@ impl World {
             }
             _ => {}
         }
-        let bytes = match &command {
-            Command::Append { entries, .. } | Command::Complete { outputs: entries, .. } => {
-                entries.iter().map(|entry| entry.batch.bytes.len()).sum()
-            }
-            _ => 0,
-        };
         let responder = Responder::new(&served.origin, Token { correlation, tag: 0 });
-        broker.submit([Submission::new(command, responder, bytes)]);
+        broker.submit([Submission::new(command, responder, 0)]);
     }
 
     fn some_arrive_down(&mut self) {

@@ -4,6 +4,7 @@ mod basics;
 mod damage;
 mod outside;
 mod power;
+mod repair;
 
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};

@@ -32,7 +32,7 @@ pub(super) fn engine_error(error: &EngineError) -> wire::Error {
         EngineError::TopicExists(_) => ErrorCode::TopicExists,
         EngineError::InvalidName(_) => ErrorCode::InvalidName,
         EngineError::InvalidConfig(_) => ErrorCode::InvalidConfig,
-        EngineError::InvalidRequest(_) => ErrorCode::InvalidRequest,
+        EngineError::InvalidRequest(_) | EngineError::RequestTooLarge { .. } => ErrorCode::InvalidRequest,
         EngineError::ForeignProducer(_) => ErrorCode::ForeignProducer,
         EngineError::WrittenNotAllowed(_) => ErrorCode::WrittenNotAllowed,
         EngineError::OutOfOrderSequence { .. } => ErrorCode::OutOfOrderSequence,
