@@ -30,7 +30,7 @@ pub const PLANTS: &[Plant] = &[
     plant_of("cut-the-middle", "damage in the middle of the journal is cut like a torn tail"),
     plant_of("trust-page-cache", "recovery serves unsynced frames without writing them anew"),
     plant_of("skip-batch-crc", "batches read from segments are not checked"),
-    plant_of("skip-row-crc", "rows of a checkpoint are not checked"),
+    plant_of("skip-row-crc", "pages and rows of a checkpoint are not checked"),
     plant_of("checkpoint-before-segment-sync", "a checkpoint is committed before the segments are synced"),
     plant_of("checkpoint-before-journal-sync", "a checkpoint is committed before the journal is synced"),
     plant_of("release-journal-early", "the journal of the previous checkpoint is given up"),

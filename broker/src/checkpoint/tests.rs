@@ -88,7 +88,7 @@ fn a_damaged_row_makes_the_other_checkpoint_count_and_is_healed_by_the_next_comm
     let (mut store, loaded, state) = load(&disk).unwrap();
     let loaded = loaded.unwrap();
     assert_eq!(loaded.lsn, 10);
-    assert!(loaded.fallback.unwrap().contains("checkpoint-b.redb: a row is damaged"));
+    assert!(loaded.fallback.unwrap().contains("checkpoint-b.redb: "));
     assert_eq!(state[&vec![1]], b"the first value");
     assert_eq!(store.commit(25, 3, &[row(1, "the third value")]).unwrap(), 10);
     drop(store);
@@ -96,6 +96,39 @@ fn a_damaged_row_makes_the_other_checkpoint_count_and_is_healed_by_the_next_comm
     let (_, loaded, state) = load(&disk).unwrap();
     assert_eq!(loaded, Some(Loaded { lsn: 25, monotonic_ms: 3, fallback: None }));
     assert_eq!(state, State::from([(vec![1], b"the third value".to_vec()), (vec![2], b"stays".to_vec())]));
+}
+
+/// Not only rows: a store that trusts what it reads of free pages ends the process when it commits or closes.
+#[test]
+fn wherever_a_file_is_damaged_the_store_goes_on() {
+    let sound = MemDisk::new();
+    let (mut store, ..) = load(&sound).unwrap();
+    let mut expected = State::new();
+    for lsn in 1..=12 {
+        let rows: Vec<Row> = (0..40).map(|key| row(key, &format!("{lsn} {}", "x".repeat(100)))).collect();
+        apply(&mut expected, &rows);
+        store.commit(lsn, lsn, &rows).unwrap();
+    }
+    drop(store);
+    let name = "checkpoint-b.redb";
+    let file = sound.open(&Path::new(DIRECTORY).join(name)).unwrap();
+    let mut bytes = vec![0; file.len().unwrap() as usize];
+    file.read_full_at(&mut bytes, 0).unwrap();
+    let written: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at] != 0 && bytes[*at] != b'x').collect();
+    let mut refused = 0;
+    for at in written.into_iter().step_by(211) {
+        let disk = sound.fork();
+        flip(&disk, name, at as u64, 2);
+        let (mut store, loaded, _) = load(&disk).unwrap();
+        refused += u64::from(loaded.unwrap().lsn < 12);
+        let rows: Vec<Row> = expected.iter().map(|(key, value)| (key.clone(), Some(value.clone()))).collect();
+        store.commit(20, 20, &rows).unwrap();
+        store.commit(21, 21, &rows).unwrap();
+        drop(store);
+        let (_, loaded, state) = load(&disk).unwrap();
+        assert_eq!((loaded.unwrap().lsn, &state), (21, &expected), "byte {at}");
+    }
+    assert!(refused > 0);
 }
 
 #[test]
