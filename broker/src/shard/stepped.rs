@@ -216,10 +216,11 @@ impl Stepped {
         &self.log
     }
 
-    /// Ends the run in order: syncs, makes a last checkpoint, writes the segments to their end.
-    pub fn stop(mut self) {
+    /// Ends the run in order: syncs, makes a last checkpoint, writes the segments to their end. Returns the last frame written.
+    pub fn stop(mut self) -> Lsn {
         while self.turn() == Did::Work {}
         self.runner.finish(&self.inbox);
+        let written = self.written();
         while self.checkpoint() == Did::Work {}
         self.releases.stop();
         while !self.sync_failed && self.releases.take_due() {
@@ -232,5 +233,6 @@ impl Stepped {
         if let Some(Err(failure)) = Arc::into_inner(self.log).map(SegmentWriter::shutdown) {
             tracing::error!(%failure, "the log was not written to its end; it will be replayed");
         }
+        written
     }
 }

@@ -27,7 +27,7 @@ pub(crate) fn limits() -> BrokerLimits {
 impl World {
     /// Nothing of the process is left.
     fn end(&mut self, shard: Stepped) {
-        (self.safe, self.ended_ms) = (shard.synced(), shard.monotonic_ms());
+        (self.safe, self.ended_ms, self.ended_at) = (shard.synced(), shard.monotonic_ms(), shard.written());
         drop(shard);
         (self.broker, self.cleaner) = (None, None);
         self.forget_mail();
@@ -72,7 +72,7 @@ impl World {
         let Some(shard) = self.shard.take() else { return };
         (self.safe, self.ended_ms) = (shard.synced(), shard.monotonic_ms());
         self.cleaner = None;
-        shard.stop();
+        self.ended_at = shard.stop();
         // What it says last it says of what it has written.
         self.hear_broker();
         self.broker = None;

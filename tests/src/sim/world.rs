@@ -111,6 +111,8 @@ pub(crate) struct World {
     pub(crate) safe: Lsn,
     /// The engine's time when the last run ended.
     pub(crate) ended_ms: u64,
+    /// The last frame written at that time.
+    pub(crate) ended_at: Lsn,
     /// What each frame says was synced before it.
     pub(crate) told: BTreeMap<Lsn, Lsn>,
     mail: Mail,
@@ -164,6 +166,7 @@ impl World {
             cleaner: None,
             safe: 0,
             ended_ms: 0,
+            ended_at: 0,
             told: BTreeMap::new(),
             mail: Mail::default(),
             network: Network::default(),
@@ -213,7 +216,7 @@ impl World {
 
     /// The last frame that may have been written.
     pub(crate) fn written(&self) -> Lsn {
-        self.shard.as_ref().map_or(self.safe, Stepped::written)
+        self.shard.as_ref().map_or(self.ended_at, Stepped::written)
     }
 
     /// One step: drawn from the seed and its number.
