@@ -35,9 +35,10 @@ const FILLED: u32 = 16;
 const FILL_BYTES: usize = 128 << 10;
 /// How long batches of each size are written.
 const WRITING: Duration = Duration::from_secs(8);
-/// So much is journaled before anything is measured that the journal uses its files again: until then it also fills new
-/// ones with zeros.
-const FIRST_BYTES: u64 = 5 << 29;
+/// Checkpoints come so soon that the journal uses its files again after what is written first: until then it also fills
+/// new ones with zeros.
+const SOON: &[&str] = &["--checkpoint-journal-bytes=256MiB"];
+const FIRST_BYTES: u64 = 5 << 28;
 /// In batches that are too small to be written to their segment only.
 const FIRST_BATCH: usize = 16 << 10;
 /// KiB of a batch, and partitions.
@@ -69,8 +70,8 @@ struct Broker {
 }
 
 impl Broker {
-    /// In the default settings.
-    fn start(data: &Path) -> Outcome<Self> {
+    /// `settings`: those that are not the default, as flags.
+    fn start(data: &Path, settings: &[&str]) -> Outcome<Self> {
         let felucca: PathBuf = std::env::current_exe()?.with_file_name("felucca");
         let began = Instant::now();
         let mut child = Command::new(&felucca)
@@ -78,6 +79,7 @@ impl Broker {
             .arg("--data-dir")
             .arg(data)
             .args(["--listen", "127.0.0.1:0"])
+            .args(settings)
             .env("FELUCCA_LOG", "warn")
             .stdout(Stdio::piped())
             .spawn()
@@ -139,7 +141,7 @@ async fn fill(client: &Client, topic: &str, bytes: u64, batch: usize) -> Outcome
 
 async fn restart(out: &mut impl Write, gib: u64, directory: &Path) -> Outcome<()> {
     let data = tempfile::tempdir_in(directory)?;
-    let broker = Broker::start(data.path())?;
+    let broker = Broker::start(data.path(), &[])?;
     writeln!(out, "start of an empty broker: {:?}", broker.started_in)?;
     let client = broker.client().await?;
     let admin = client.admin();
@@ -162,7 +164,7 @@ async fn restart(out: &mut impl Write, gib: u64, directory: &Path) -> Outcome<()
     writeln!(out, "{gib} GiB written in {:?}", began.elapsed())?;
     drop(client);
     writeln!(out, "clean stop: {:?}", broker.stop()?)?;
-    let broker = Broker::start(data.path())?;
+    let broker = Broker::start(data.path(), &[])?;
     writeln!(out, "start after a clean stop: {:?}", broker.started_in)?;
     sleep(Duration::from_secs(5)).await;
     let (_, _, before) = broker.cost()?;
@@ -178,7 +180,7 @@ async fn restart(out: &mut impl Write, gib: u64, directory: &Path) -> Outcome<()
     drop(client);
     drop(broker);
     writeln!(out, "killed after 900 MiB more, in {written_in:?}")?;
-    let broker = Broker::start(data.path())?;
+    let broker = Broker::start(data.path(), &[])?;
     writeln!(out, "start after the kill: {:?}", broker.started_in)?;
     writeln!(out, "clean stop: {:?}", broker.stop()?)?;
     Ok(())
@@ -194,19 +196,14 @@ fn device_bytes(path: &Path) -> Outcome<u64> {
 }
 
 async fn amplification(out: &mut impl Write, directory: &Path, batches: &[(usize, u32)]) -> Outcome<()> {
-    let data = tempfile::tempdir_in(directory)?;
-    let broker = Broker::start(data.path())?;
-    let client = broker.client().await?;
-    client.admin().create_topic("orders", FILLED, &[("allow-written", "true")]).await?;
-    fill(&client, "orders", FIRST_BYTES, FIRST_BATCH).await?;
-    drop(client);
-    broker.stop()?;
     writeln!(out, "batch KiB  partitions  acknowledged MiB  MiB/s  bytes on the device for each")?;
     for &(kib, partitions) in batches {
-        let broker = Broker::start(data.path())?;
+        let data = tempfile::tempdir_in(directory)?;
+        let broker = Broker::start(data.path(), SOON)?;
         let client = broker.client().await?;
-        client.admin().delete_topic("orders").await?;
         client.admin().create_topic("orders", partitions, &[]).await?;
+        client.admin().create_topic("filled", FILLED, &[("allow-written", "true")]).await?;
+        fill(&client, "filled", FIRST_BYTES, FIRST_BATCH).await?;
         let value = Bytes::from(vec![b'x'; (kib << 10) - 100]);
         // Each record a batch of its own.
         let producer = client.producer().max_batch_bytes(1).build().await?;
