@@ -1,5 +1,5 @@
-//! The tables of docs/testing.md name a test for every rule of share groups; every one of them exists, and every situation
-//! of the table of replies in docs/protocol.md is among the rules.
+//! The tables of docs/testing.md name a test for every rule of share groups and of the log; every one of them exists, and
+//! every situation of the table of replies in docs/protocol.md is among the rules.
 
 use std::path::Path;
 
@@ -8,10 +8,10 @@ fn read(path: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// The chapter on share groups of a document.
-fn chapter(document: &str) -> String {
+/// A chapter of a document.
+fn chapter(document: &str, title: &str) -> String {
     let document = read(document);
-    let (_, rest) = document.split_once("\n## Share groups\n").expect("it has the chapter");
+    let (_, rest) = document.split_once(&format!("\n## {title}\n")).expect("it has the chapter");
     rest.split("\n## ").next().unwrap_or_default().to_owned()
 }
 
@@ -24,7 +24,7 @@ fn rows(chapter: &str) -> Vec<(&str, &str)> {
 
 #[test]
 fn every_test_that_the_document_names_exists() {
-    let document = chapter("docs/testing.md");
+    let document = ["Share groups", "The log"].map(|title| chapter("docs/testing.md", title)).concat();
     let mut count = 0;
     for (rule, tests) in rows(&document) {
         // Between backticks is every second piece.
@@ -49,7 +49,8 @@ fn every_test_that_the_document_names_exists() {
 
 #[test]
 fn every_situation_of_the_table_of_replies_has_a_test() {
-    let (protocol, testing) = (chapter("docs/protocol.md"), chapter("docs/testing.md"));
+    let (protocol, testing) =
+        (chapter("docs/protocol.md", "Share groups"), chapter("docs/testing.md", "Share groups"));
     let (_, table) = protocol.split_once("| Situation |").expect("the table of replies");
     let table = table.split("\n\n").next().unwrap_or_default();
     let tested = rows(&testing);
