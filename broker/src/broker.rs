@@ -18,6 +18,7 @@ use crate::engine::error::EngineError;
 use crate::engine::types::{PartitionKey, SubscriptionId, TopicId};
 use crate::log::{ReadError, ReadView, Views};
 use crate::shard::{Gate, Inbox, Once, Submission};
+use crate::status::{Status, StatusBoard};
 
 /// Longest that [`Broker::call`] waits for an answer.
 const CALL_PATIENCE: Duration = Duration::from_secs(60);
@@ -58,6 +59,7 @@ struct Inner {
     gate: Gate,
     limits: BrokerLimits,
     boot_epoch: u64,
+    status: Arc<StatusBoard>,
     next_subscription: AtomicU64,
     next_connection: AtomicU64,
     stopping: CancellationToken,
@@ -70,6 +72,7 @@ impl Broker {
         gate: Gate,
         limits: BrokerLimits,
         boot_epoch: u64,
+        status: Arc<StatusBoard>,
     ) -> Self {
         let inner = Inner {
             inbox,
@@ -77,6 +80,7 @@ impl Broker {
             gate,
             limits,
             boot_epoch,
+            status,
             next_subscription: AtomicU64::new(1),
             next_connection: AtomicU64::new(1),
             stopping: CancellationToken::new(),
@@ -91,6 +95,11 @@ impl Broker {
     /// Changes at every start.
     pub fn boot_epoch(&self) -> u64 {
         self.inner.boot_epoch
+    }
+
+    /// How the broker is. Asks the disk for its room, and nobody else.
+    pub fn status(&self) -> Status {
+        self.inner.status.read()
     }
 
     /// Admission of request bytes: to be passed before a request is taken in.

@@ -16,4 +16,5 @@ pub mod redrive;
 pub mod server;
 pub mod settings;
 pub mod shard;
+pub mod status;
 pub mod telemetry;

@@ -106,8 +106,14 @@ impl Server {
             },
             session_timeout: settings.session_timeout,
         };
-        let broker =
-            Broker::new(running.inbox.clone(), running.views.clone(), gate, limits, running.boot_epoch);
+        let broker = Broker::new(
+            running.inbox.clone(),
+            running.views.clone(),
+            gate,
+            limits,
+            running.boot_epoch,
+            running.status.clone(),
+        );
         let bound = async {
             let listener = NativeListener::bind(settings.listen, native_settings(&settings)).await?;
             let address = listener.local_addr()?;

@@ -4,8 +4,9 @@ use bytes::Bytes;
 use felucca_protocol::{Api, message};
 
 pub use felucca_protocol::message::{
-    DeadLetterTopic, DescribeGroupReply as GroupDescription, GroupKind, GroupListing, GroupMember,
-    GroupOutage, GroupPartition, PartitionOffsets, RedriveTarget, ShareAlarm, TopicKind,
+    BrokerCondition, DamagedRange, DeadLetterTopic, DescribeBrokerReply as BrokerDescription,
+    DescribeGroupReply as GroupDescription, GroupKind, GroupListing, GroupMember, GroupOutage,
+    GroupPartition, PartitionOffsets, RedriveTarget, ShareAlarm, TopicKind,
 };
 
 use crate::client::Client;
@@ -249,6 +250,15 @@ impl Admin {
         let request = message::AlterShareGroup { group: group.to_owned(), config: entries(config) };
         let _: message::Empty = self.change(Api::AlterShareGroup, &request).await?;
         Ok(())
+    }
+
+    /// How the broker is: whether it takes records, room on its disk, journal and checkpoint, stored records that were found
+    /// damaged. Answered also when the broker refuses everything else.
+    ///
+    /// # Errors
+    /// The broker could not be asked.
+    pub async fn describe_broker(&self) -> Result<BrokerDescription> {
+        self.look(Api::DescribeBroker, &message::DescribeBroker {}).await
     }
 
     /// Groups of both kinds.

@@ -60,9 +60,9 @@ mod share;
 mod testing;
 
 pub use admin::{
-    Admin, CommittedOffset, DeadLetterTopic, GroupDescription, GroupKind, GroupListing, GroupMember,
-    GroupOutage, GroupPartition, PartitionOffsets, RedriveTarget, Redriven, SeekTo, ShareAlarm, Topic,
-    TopicKind,
+    Admin, BrokerCondition, BrokerDescription, CommittedOffset, DamagedRange, DeadLetterTopic,
+    GroupDescription, GroupKind, GroupListing, GroupMember, GroupOutage, GroupPartition, PartitionOffsets,
+    RedriveTarget, Redriven, SeekTo, ShareAlarm, Topic, TopicKind,
 };
 pub use client::{Client, ClientBuilder};
 pub use consumer::{Consumer, ConsumerBuilder, OutOfRange, Start};

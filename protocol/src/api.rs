@@ -14,6 +14,8 @@ pub enum Api {
     Metadata = 3,
     /// `ListOffsets` → `ListOffsetsReply`
     ListOffsets = 4,
+    /// `DescribeBroker` → `DescribeBrokerReply`
+    DescribeBroker = 5,
     /// `CreateTopic` → `TopicReply`
     CreateTopic = 10,
     /// `AlterTopic` → `TopicReply`
@@ -85,11 +87,12 @@ pub struct UnknownApi(pub u8);
 
 impl Api {
     /// Every request and push, ascending by number.
-    pub const ALL: [Self; 35] = [
+    pub const ALL: [Self; 36] = [
         Self::Hello,
         Self::Ping,
         Self::Metadata,
         Self::ListOffsets,
+        Self::DescribeBroker,
         Self::CreateTopic,
         Self::AlterTopic,
         Self::DeleteTopic,

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use felucca_tests::process::{BrokerProcess, felucca_binary};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// What a finished command left behind.
 struct Done {
@@ -349,6 +349,19 @@ fn topics_and_groups_are_managed() {
     shell.run("group delete payment").ok();
     shell.run("topic delete orders").ok();
     shell.run("topic describe orders").refused(1, "orders");
+}
+
+#[test]
+fn the_broker_says_how_it_is() {
+    let shell = Shell::new();
+    let status = &shell.run("status --output json").ok().lines()[0];
+    assert_eq!((&status["condition"], &status["reason"]), (&json!("ok"), &json!("")));
+    assert!(status["disk_available_bytes"].as_u64() > status["disk_low_water_bytes"].as_u64(), "{status}");
+    assert_eq!((&status["damaged_ranges"], &status["damaged"]), (&json!(0), &json!([])));
+    let text = shell.run("status").ok().stdout;
+    for part in ["condition   ok", "GiB available", "checkpoint  before this run", "damaged     0 ranges"] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
 }
 
 #[test]

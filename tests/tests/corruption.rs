@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use felucca_broker::log::SegmentFile;
-use felucca_client::{Client, Error, ErrorCode, Outcome, Record, SeekTo, Start};
+use felucca_client::{BrokerCondition, Client, Error, ErrorCode, Outcome, Record, SeekTo, Start};
 use felucca_tests::process::{BrokerProcess, felucca_binary};
 use tokio::time::{sleep, timeout};
 
@@ -155,6 +155,13 @@ async fn a_flipped_bit_is_named_and_everything_else_can_be_read() {
     ] {
         assert!(found.contains(&part), "{part} in {found}");
     }
+    let status = admin.describe_broker().await.unwrap();
+    assert_eq!((status.condition(), status.damaged_ranges), (BrokerCondition::Ok, 1));
+    assert!(status.scrubbed_bytes > 0, "{status:?}");
+    let range = &status.damaged[0];
+    assert_eq!((range.topic.as_str(), range.partition), ("orders", 0));
+    assert_eq!((range.first_offset, range.end_offset), (damaged.first, damaged.last + 1));
+    assert!(range.file.ends_with(name) && range.position == damaged.position, "{range:?}");
     finish.send(()).unwrap();
     timeout(PATIENCE, working).await.unwrap().unwrap().unwrap();
     assert!(broker.stop());

@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use felucca_client::{Client, Error, ErrorCode, Record};
+use felucca_client::{BrokerCondition, Client, Error, ErrorCode, Record};
 use felucca_tests::process::BrokerProcess;
 use tokio::time::timeout;
 
@@ -92,11 +92,16 @@ async fn latches(calls: &str, error: &str, said: &str) {
     let refused = client.admin().create_topic("other", 1, &[]).await.unwrap_err();
     assert_eq!(read_only(&refused), reason);
     assert!(broker.log().contains("read-only from now on"), "{}", broker.log());
+    let status = client.admin().describe_broker().await.unwrap();
+    assert_eq!(status.condition(), BrokerCondition::ReadOnly);
+    assert!(status.reason.contains(said) && reason.ends_with(&status.reason), "{reason}; {status:?}");
+    assert!(status.since_ms > 0 && status.disk_available_bytes > Some(0), "{status:?}");
     let expected: Vec<String> = (0..BEFORE).map(|at| format!("before {at}")).collect();
     assert_eq!(values(&client).await, expected, "what was shown is shown, and nothing else");
 
     broker.kill_and_restart();
     let after = values(&client).await;
+    assert_eq!(client.admin().describe_broker().await.unwrap().condition(), BrokerCondition::Ok);
     assert_eq!(&after[..expected.len()], expected, "{calls}: what was acknowledged is there");
     // What was refused was not promised to be gone.
     assert!(after[expected.len()..].iter().all(|value| value == "during"), "{after:?}");

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use felucca_client::{Client, Error, Outcome, Record};
+use felucca_client::{BrokerCondition, Client, Error, Outcome, Record};
 use felucca_tests::process::BrokerProcess;
 use felucca_tests::small_disk::SmallDisk;
 use parking_lot::Mutex;
@@ -77,6 +77,12 @@ async fn a_full_disk_refuses_records_only_and_recovers_by_itself() {
     let impatient = client.producer().delivery_timeout(Duration::from_secs(3)).build().await.unwrap();
     let refused = impatient.send(Record::new("orders", "new")).await.unwrap_err();
     assert!(matches!(refused, Error::Timeout(_)), "it is tried until there is room, or no time: {refused}");
+    let status = admin.describe_broker().await.unwrap();
+    assert_eq!(status.condition(), BrokerCondition::DiskFull, "{status:?}");
+    assert!(
+        status.disk_available_bytes < Some(LOW_WATER) && status.reason.contains("nearly full"),
+        "{status:?}"
+    );
     assert_eq!(value_of(&client, "orders").await, RECORDS);
     read_back(&client, "orders", RECORDS).await;
 

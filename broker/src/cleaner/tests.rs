@@ -70,7 +70,14 @@ async fn open(disk: Arc<dyn Disk>, root: &Path, options: StorageOptions) -> (Run
         session_timeout: Duration::from_secs(10),
     };
     let gate = Gate::new(64 << 20, Duration::from_secs(1));
-    let broker = Broker::new(running.inbox.clone(), running.views.clone(), gate, limits, running.boot_epoch);
+    let broker = Broker::new(
+        running.inbox.clone(),
+        running.views.clone(),
+        gate,
+        limits,
+        running.boot_epoch,
+        running.status.clone(),
+    );
     (running, broker)
 }
 

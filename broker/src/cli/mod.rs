@@ -15,6 +15,7 @@ mod produce;
 mod record;
 mod serve;
 mod signals;
+mod status;
 mod topic;
 mod work;
 
@@ -101,6 +102,14 @@ enum Command {
     /// Records that were given up: list, show, redrive, purge
     #[command(subcommand)]
     Dlq(dlq::Dlq),
+    /// Say how the broker is: whether it takes records, its disk, its checkpoints, damage that was found
+    #[command(after_help = "\
+Fails with exit code 1 when new records are refused or stored records were found damaged, and says why.
+
+Examples:
+  felucca status
+  felucca status --output json")]
+    Status,
     /// Look into a journal, offline
     #[command(subcommand)]
     Journal(journal::Journal),
@@ -155,6 +164,7 @@ impl Cli {
                     if command.is_long() { connection.timeout.max(LONG_WORK) } else { connection.timeout };
                 connection.ask_patiently(patience, |client, format| command.run(client, format))
             }
+            Command::Status => connection.ask(status::run),
             Command::Journal(command) => command.run(connection.format()),
             Command::Log(command) => command.run(connection.format()),
             Command::Completions { shell } => {

@@ -45,7 +45,7 @@ pub use exact::ExactReadError;
 pub use inspect::{Flaw, Inspected, SegmentFile};
 pub use rewrite::{Rewritten, SegmentRewriter, discard};
 pub use scan::{Scanned, read_record, scan, scan_memory};
-pub use scrub::ScrubOptions;
+pub use scrub::{Damage, ScrubOptions};
 pub(crate) use scrub::{Scrubbed, Scrubber};
 pub use view::ReadView;
 pub use views::Views;

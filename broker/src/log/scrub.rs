@@ -36,17 +36,17 @@ impl Default for ScrubOptions {
     }
 }
 
-/// Records that cannot be read any more.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Damage {
-    pub(crate) topic: Arc<str>,
-    pub(crate) partition: PartitionKey,
+/// Stored records that cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damage {
+    pub topic: Arc<str>,
+    pub partition: PartitionKey,
     /// From the first that cannot be read to the first that can be read again.
-    pub(crate) offsets: Range<u64>,
-    pub(crate) file: PathBuf,
-    /// Where the damaged batch begins.
-    pub(crate) position: u64,
-    pub(crate) reason: String,
+    pub offsets: Range<u64>,
+    pub file: PathBuf,
+    /// Where the damaged batch begins, in bytes.
+    pub position: u64,
+    pub reason: String,
 }
 
 /// What one piece of work came to.

@@ -12,6 +12,7 @@ use crate::engine::types::Lsn;
 use crate::journal::Syncer;
 use crate::log::{Condemned, SegmentWriter};
 use crate::plants::planted;
+use crate::status::StatusBoard;
 
 /// What the checkpoint thread has to do.
 #[derive(Debug)]
@@ -31,6 +32,7 @@ pub(crate) struct CheckpointThread {
     pub(crate) syncer: Syncer,
     pub(crate) log: Arc<SegmentWriter>,
     pub(crate) inbox: Arc<Inbox>,
+    pub(crate) status: Arc<StatusBoard>,
 }
 
 /// A checkpoint on its way to the device.
@@ -121,6 +123,7 @@ impl CheckpointThread {
                 let committed = self.store.commit(*lsn, *monotonic_ms, rows);
                 let previous = committed.map_err(|error| error.to_string())?;
                 tracing::debug!(lsn, rows = rows.len(), previous, "checkpoint");
+                self.status.checkpointed(*lsn);
                 Stage::Unlink { previous }
             }
             Stage::Unlink { previous } => {

@@ -38,6 +38,7 @@ use crate::engine::types::{Level, Lsn, Now, RequestId, SubscriptionId};
 use crate::journal::{Journal, JournalError};
 use crate::log::{Condemned, SegmentWriter, scan_memory};
 use crate::plants::planted;
+use crate::status::StatusBoard;
 
 /// Rounds of scans that one turn answers from memory before it writes.
 const SCAN_ROUNDS: usize = 4;
@@ -60,6 +61,7 @@ pub(crate) struct Shard {
     max_unsynced_bytes: u64,
     references: References,
     room: Room,
+    status: Arc<StatusBoard>,
     effects: Effects,
     /// Requests of this turn, by request id.
     requests: Vec<Option<Responder>>,
@@ -73,6 +75,14 @@ pub(crate) struct Shard {
     /// Bytes of the journal's files that were used before the last checkpoint was begun.
     checkpointed: u64,
     read_only: Option<String>,
+}
+
+/// What a shard keeps its records and state on.
+#[derive(Debug)]
+pub(crate) struct ShardStorage {
+    pub(crate) journal: Journal,
+    pub(crate) log: Arc<SegmentWriter>,
+    pub(crate) room: Room,
 }
 
 /// A checkpoint that is to be stored.
@@ -90,12 +100,12 @@ impl Shard {
     /// A shard on a recovered engine, journal and log. Everything in the journal is synced.
     pub(crate) fn new(
         engine: Engine,
-        journal: Journal,
-        log: Arc<SegmentWriter>,
+        storage: ShardStorage,
         releases: Arc<Releases>,
         options: ShardOptions,
-        room: Room,
+        status: Arc<StatusBoard>,
     ) -> Self {
+        let ShardStorage { journal, log, room } = storage;
         let (written, synced) = (journal.written(), journal.synced());
         Self {
             engine,
@@ -105,6 +115,7 @@ impl Shard {
             max_unsynced_bytes: options.max_unsynced_bytes,
             references: References::new(options.reference),
             room,
+            status,
             effects: Effects::default(),
             requests: Vec::new(),
             subscriptions: HashMap::new(),
@@ -179,6 +190,7 @@ impl Shard {
     pub(crate) fn look_at_room(&mut self, monotonic_ms: u64) {
         if self.room.look(monotonic_ms) {
             self.engine.set_room(self.room.full().copied());
+            self.status.room(self.room.full().copied());
         }
     }
 
@@ -242,6 +254,7 @@ impl Shard {
             self.refuse(now, commands);
         }
         let release = self.commit(now);
+        self.status.journaled(self.journaled());
         // First those whose answers are there, then the thread that makes others wait for the disk.
         self.wakes.wake_all();
         self.hand_over(release);
@@ -461,6 +474,7 @@ impl Shard {
             );
         }
         let reason = self.read_only.get_or_insert(reason).clone();
+        self.status.read_only(&reason);
         self.effects = Effects::default();
         for responder in self.requests.drain(..).flatten() {
             responder.answer(Reply::Error(EngineError::ReadOnly(reason.clone())), &mut self.wakes);
@@ -475,6 +489,7 @@ impl Shard {
     /// Begins a checkpoint of the state as it is now, between turns.
     pub(crate) fn checkpoint(&mut self, now: Now) -> Checkpoint {
         self.checkpointed = self.journal.used_bytes();
+        self.status.journaled(0);
         // In this order: what is condemned is gone from the rows.
         let condemned = self.log.take_condemned();
         let rows = self.engine.take_dirty_rows();

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::checkpoint::{CheckpointThread, Work};
 use super::clock::Clock;
-use super::core::{Shard, ShardOptions};
+use super::core::{Shard, ShardOptions, ShardStorage};
 use super::inbox::{Inbox, News};
 use super::reads::{Readers, Reads};
 use super::release::{Releases, SyncThread};
@@ -37,6 +37,7 @@ use crate::engine::{CorruptState, Engine};
 use crate::environment::Environment;
 use crate::journal::{Completed, Journal, JournalError, JournalOptions, RecoverError, Replay};
 use crate::log::{LogFailure, LogOptions, ScrubOptions, SegmentWriter, Stored, Views};
+use crate::status::StatusBoard;
 
 /// Longest that replay waits for the segment writer to make progress.
 const REPLAY_PATIENCE: Duration = Duration::from_secs(60);
@@ -93,6 +94,7 @@ pub(crate) struct Running {
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) views: Arc<Views>,
     pub(crate) boot_epoch: u64,
+    pub(crate) status: Arc<StatusBoard>,
     /// Cancelled when the shard's thread has ended, in whatever way.
     pub(crate) ended: CancellationToken,
     releases: Arc<Releases>,
@@ -114,11 +116,11 @@ pub(crate) fn start(
     runtime: Handle,
 ) -> Result<Running, StartError> {
     let scrub = options.scrub.clone();
-    let Recovered { inbox, log, releases, runner, sync, checkpoint, work, .. } =
+    let Recovered { inbox, log, releases, runner, sync, checkpoint, work, status, .. } =
         recover(disk, data_dir, options, Readers::Runtime(runtime))?;
     let boot_epoch = runner.shard().engine().boot_epoch();
     let views = log.views().clone();
-    let scrub = ScrubThread::start(views.clone(), scrub).map_err(StartError::Thread)?;
+    let scrub = ScrubThread::start(views.clone(), scrub, status.clone()).map_err(StartError::Thread)?;
     let ended = CancellationToken::new();
     let guard = Guard { inbox: inbox.clone(), ended: ended.clone() };
     let turns = inbox.clone();
@@ -126,6 +128,7 @@ pub(crate) fn start(
         inbox,
         views,
         boot_epoch,
+        status,
         ended,
         releases,
         log,
@@ -150,6 +153,7 @@ pub(super) struct Recovered {
     /// What the runner gives the checkpoint thread to do.
     pub(super) work: Receiver<Work>,
     pub(super) replayed: Replayed,
+    pub(super) status: Arc<StatusBoard>,
 }
 
 /// What a start has found in the journal after the checkpoint.
@@ -215,7 +219,10 @@ pub(super) fn recover(
     let syncer = journal.syncer();
     let releases = Arc::new(Releases::new(options.sync_interval, environment.clone()));
     let mut clock = Clock::starting_at(environment.clone(), checkpoint_ms.max(engine.monotonic_ms()));
-    let mut shard = Shard::new(engine, journal, log.clone(), releases.clone(), options.shard, disk_room);
+    let (file_system, low_water) = disk_room.watch();
+    let status = Arc::new(StatusBoard::new(environment.clone(), file_system, low_water, from));
+    let storage = ShardStorage { journal, log: log.clone(), room: disk_room };
+    let mut shard = Shard::new(engine, storage, releases.clone(), options.shard, status.clone());
     shard.look_at_room(clock.monotonic_ms());
     shard.boot(clock.now(), &environment.machine_boot())?;
     if let Some(reason) = shard.read_only() {
@@ -224,11 +231,12 @@ pub(super) fn recover(
 
     let views = log.views().clone();
     let sync = SyncThread::new(syncer.clone(), releases.clone(), views.clone(), inbox.clone());
-    let checkpoint = CheckpointThread { store, syncer, log: log.clone(), inbox: inbox.clone() };
+    let checkpoint =
+        CheckpointThread { store, syncer, log: log.clone(), inbox: inbox.clone(), status: status.clone() };
     let (storage, work) = mpsc::channel();
     let reads = Reads { readers, views, inbox: inbox.clone() };
     let runner = Runner::new(shard, clock, reads, storage, options.checkpoint);
-    Ok(Recovered { inbox, log, releases, runner, sync, checkpoint, work, replayed })
+    Ok(Recovered { inbox, log, releases, runner, sync, checkpoint, work, replayed, status })
 }
 
 impl Running {

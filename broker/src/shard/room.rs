@@ -82,6 +82,11 @@ impl Room {
         Ok(room)
     }
 
+    /// What a status board is told of the disk: where it asks for itself, and the low-water mark.
+    pub(crate) fn watch(&self) -> (Arc<dyn FileSystem>, u64) {
+        (self.file_system.clone(), self.options.low_water_bytes)
+    }
+
     /// Why no new records are taken, if so.
     pub(crate) fn full(&self) -> Option<&NoRoom> {
         self.full.as_ref()

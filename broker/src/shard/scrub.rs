@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::log::{ScrubOptions, Scrubbed, Scrubber, Views};
+use crate::status::StatusBoard;
 
 /// Ends when dropped, within one piece.
 #[derive(Debug)]
@@ -20,7 +21,11 @@ impl ScrubThread {
     ///
     /// # Errors
     /// No thread can be started.
-    pub(crate) fn start(views: Arc<Views>, options: ScrubOptions) -> io::Result<Self> {
+    pub(crate) fn start(
+        views: Arc<Views>,
+        options: ScrubOptions,
+        status: Arc<StatusBoard>,
+    ) -> io::Result<Self> {
         if options.bytes_per_second == 0 {
             return Ok(Self { stop: None, thread: None });
         }
@@ -32,6 +37,7 @@ impl ScrubThread {
             loop {
                 let pause = match scrubber.step() {
                     Scrubbed::Whole(bytes) => {
+                        status.scrubbed(bytes);
                         Duration::from_secs_f64(bytes as f64 / options.bytes_per_second as f64)
                     }
                     Scrubbed::Damaged(damage) => {
@@ -46,10 +52,12 @@ impl ScrubThread {
                             reason = damage.reason,
                             "stored records are damaged"
                         );
+                        status.damaged(damage);
                         Duration::from_secs(1)
                     }
                     Scrubbed::Round => {
                         tracing::debug!(damaged, took = ?began.elapsed(), "all sealed segments were looked through");
+                        status.scrubbed_all();
                         let pause = options.interval.saturating_sub(began.elapsed());
                         (began, damaged) = (Instant::now() + pause, 0);
                         pause

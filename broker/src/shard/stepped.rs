@@ -27,6 +27,7 @@ use crate::disk::Disk;
 use crate::engine::Engine;
 use crate::engine::types::Lsn;
 use crate::log::SegmentWriter;
+use crate::status::StatusBoard;
 
 /// How long the front door lets a request wait for room.
 const ADMISSION_PATIENCE: Duration = Duration::from_secs(1);
@@ -64,6 +65,7 @@ pub struct Stepped {
     checkpoint_failed: bool,
     reads: Arc<Mutex<VecDeque<Read>>>,
     replayed: Replayed,
+    status: Arc<StatusBoard>,
 }
 
 impl fmt::Debug for Stepped {
@@ -88,7 +90,7 @@ impl Stepped {
         options.log.environment = options.environment.clone();
         let reads = Arc::new(Mutex::new(VecDeque::new()));
         let recovered = recover(disk, data_dir, options, Readers::Queue(reads.clone()))?;
-        let Recovered { inbox, log, releases, runner, sync, checkpoint, work, replayed } = recovered;
+        let Recovered { inbox, log, releases, runner, sync, checkpoint, work, replayed, status } = recovered;
         Ok(Self {
             inbox,
             log,
@@ -103,6 +105,7 @@ impl Stepped {
             checkpoint_failed: false,
             reads,
             replayed,
+            status,
         })
     }
 
@@ -110,7 +113,14 @@ impl Stepped {
     pub fn broker(&self, in_flight_bytes: u32, limits: BrokerLimits) -> Broker {
         let gate = Gate::new(in_flight_bytes, ADMISSION_PATIENCE);
         let boot_epoch = self.engine().boot_epoch();
-        Broker::new(self.inbox.clone(), self.log.views().clone(), gate, limits, boot_epoch)
+        Broker::new(
+            self.inbox.clone(),
+            self.log.views().clone(),
+            gate,
+            limits,
+            boot_epoch,
+            self.status.clone(),
+        )
     }
 
     /// Takes one turn of the shard: drains the inbox, writes a frame, begins a checkpoint or writes a mark when it is time.

@@ -69,8 +69,14 @@ async fn open_with(disk: &MemDisk, options: StorageOptions) -> Result<(Running, 
     let running = tokio::task::spawn_blocking(move || start(&disk, Path::new("/data"), options, runtime));
     let running = running.await.unwrap()?;
     let gate = Gate::new(1 << 20, Duration::from_secs(1));
-    let broker =
-        Broker::new(running.inbox.clone(), running.views.clone(), gate, limits(), running.boot_epoch);
+    let broker = Broker::new(
+        running.inbox.clone(),
+        running.views.clone(),
+        gate,
+        limits(),
+        running.boot_epoch,
+        running.status.clone(),
+    );
     Ok((running, broker))
 }
 

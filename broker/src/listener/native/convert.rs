@@ -6,7 +6,7 @@ use felucca_protocol::frame::{self, Kind};
 use felucca_protocol::{Api, ErrorCode, message as wire};
 use prost::Message;
 
-use crate::broker::BrokerError;
+use crate::broker::{Broker, BrokerError};
 use crate::engine::command::{FailureDetail, HeldFate, LeaseRef, Outcome, Settlement};
 use crate::engine::effect::{
     Appended, DeadLetterInfo, GroupDescription, GroupKind, GroupListing, RecordState, Reply, SettleResult,
@@ -14,8 +14,9 @@ use crate::engine::effect::{
 };
 use crate::engine::error::EngineError;
 use crate::engine::types::{LeaseId, Level, PartitionKey, TopicId};
-use crate::log::ReadError;
+use crate::log::{Damage, ReadError};
 use crate::redrive::RedriveError;
+use crate::status::Condition;
 
 /// A request that cannot be carried out as it was sent.
 pub(super) fn invalid(message: impl Into<String>) -> wire::Error {
@@ -412,6 +413,45 @@ fn settle_result(result: SettleResult) -> wire::SettleResult {
         Some(RecordState::Discarded) => wire::RecordState::Discarded,
     };
     wire::SettleResult { status: status.into(), state: state.into(), remaining_ms: result.remaining_ms }
+}
+
+/// How the broker is.
+pub(super) fn broker_description(broker: &Broker) -> wire::DescribeBrokerReply {
+    let status = broker.status();
+    let (condition, reason) = match status.condition {
+        Condition::Ok => (wire::BrokerCondition::Ok, String::new()),
+        Condition::DiskFull(no_room) => (wire::BrokerCondition::DiskFull, no_room.to_string()),
+        Condition::ReadOnly(reason) => (wire::BrokerCondition::ReadOnly, reason),
+    };
+    wire::DescribeBrokerReply {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        boot_epoch: broker.boot_epoch(),
+        uptime_ms: u64::try_from(status.uptime.as_millis()).unwrap_or(u64::MAX),
+        condition: condition.into(),
+        reason,
+        since_ms: status.since_ms,
+        disk_available_bytes: status.disk_available,
+        disk_low_water_bytes: status.disk_low_water,
+        journal_bytes: status.journal_bytes,
+        checkpoint_lsn: status.checkpoint,
+        checkpoint_ms: status.checkpoint_ms,
+        scrubbed_bytes: status.scrubbed_bytes,
+        scrubbed_ms: status.scrubbed_ms,
+        damaged: status.damaged.into_iter().map(damaged_range).collect(),
+        damaged_ranges: status.damaged_ranges,
+    }
+}
+
+fn damaged_range(damage: Damage) -> wire::DamagedRange {
+    wire::DamagedRange {
+        topic: damage.topic.to_string(),
+        partition: damage.partition.partition,
+        first_offset: damage.offsets.start,
+        end_offset: damage.offsets.end,
+        file: damage.file.display().to_string(),
+        position: damage.position,
+        reason: damage.reason,
+    }
 }
 
 /// A frame with an error, ready to be sent.

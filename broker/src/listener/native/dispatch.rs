@@ -153,6 +153,10 @@ impl Dispatcher {
                 return Err(invalid(format!("{api:?} is sent by brokers only")));
             }
             Api::Ping => return Ok(Next::Reply(convert::reply_frame(api, correlation, &wire::Empty {}, 0))),
+            Api::DescribeBroker => {
+                let reply = convert::broker_description(&self.broker);
+                return Ok(Next::Reply(convert::reply_frame(api, correlation, &reply, 0)));
+            }
             Api::Produce => return self.produce(frame, pinned).map(Next::Command),
             Api::Complete => return self.complete(frame, pinned).map(Next::Command),
             Api::Settle => {
