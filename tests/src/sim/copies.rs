@@ -171,8 +171,8 @@ impl World {
     fn look_at_copy(&mut self, shard: &Stepped, place: Rotten, path: &Path) {
         // The last frame that was found: the start has added one.
         let last = shard.written() - 1;
-        let sure = self.written();
-        // Without a shard: some of those may be gone with the power.
+        // Without a shard: what was written and not synced may be gone with the power.
+        let sure = self.shard.as_ref().map_or(self.safe, Stepped::written);
         let all = if self.shard.is_some() { sure } else { self.told.keys().last().copied().unwrap_or(sure) };
         let cut = (last < all).then_some(last);
         if last < sure {
