@@ -102,6 +102,11 @@ impl Broker {
         self.inner.status.read()
     }
 
+    /// The broker's wall clock, in Unix milliseconds.
+    pub fn wall_ms(&self) -> i64 {
+        self.inner.status.wall_ms()
+    }
+
     /// Admission of request bytes: to be passed before a request is taken in.
     pub fn gate(&self) -> &Gate {
         &self.inner.gate

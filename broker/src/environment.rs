@@ -1,7 +1,9 @@
 //! What storage and shard take from the machine besides its disk: time, randomness, and the name of the machine's run.
 //!
 //! A broker takes them from the operating system. A simulation gives them itself: then nothing in a run depends on
-//! anything but its seed, and time passes only when the simulation says so.
+//! anything but its seed, and time passes only when the simulation says so. Between the two is a machine whose *clock* is
+//! moved by hand: what records, leases and delays go by stands still until told otherwise, while threads wait for each other
+//! in the time of the real machine.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -22,6 +24,8 @@ pub struct Environment {
 struct Simulated {
     /// Only differences to it mean anything.
     began: Instant,
+    /// Only the clock is: threads wait in real time, and randomness is the machine's.
+    by_hand: bool,
     state: Mutex<State>,
 }
 
@@ -36,8 +40,17 @@ struct State {
 impl Environment {
     /// A machine whose time stands still, and whose randomness follows from the seed.
     pub fn simulated(seed: u64, wall_ms: i64) -> Self {
-        let state = State { passed: Duration::ZERO, wall_ms, entropy: seed, machine: 0 };
-        let simulated = Simulated { began: Instant::now(), state: Mutex::new(state) };
+        Self::standing_still(seed, wall_ms, false)
+    }
+
+    /// The real machine, but for its clock, which stands still until [`Self::pass`] moves it.
+    pub fn by_hand(wall_ms: i64) -> Self {
+        Self::standing_still(0, wall_ms, true)
+    }
+
+    fn standing_still(entropy: u64, wall_ms: i64, by_hand: bool) -> Self {
+        let state = State { passed: Duration::ZERO, wall_ms, entropy, machine: 0 };
+        let simulated = Simulated { began: Instant::now(), by_hand, state: Mutex::new(state) };
         Self { simulated: Some(Arc::new(simulated)) }
     }
 
@@ -46,7 +59,7 @@ impl Environment {
     pub fn fork(&self) -> Self {
         let simulated = self.simulated.as_ref().map(|simulated| {
             let state = Mutex::new(simulated.state.lock().clone());
-            Arc::new(Simulated { began: simulated.began, state })
+            Arc::new(Simulated { began: simulated.began, by_hand: simulated.by_hand, state })
         });
         Self { simulated }
     }
@@ -75,7 +88,18 @@ impl Environment {
         }
     }
 
+    /// Whether time stands still for records, leases and delays only.
+    pub(crate) fn is_by_hand(&self) -> bool {
+        self.simulated.as_ref().is_some_and(|simulated| simulated.by_hand)
+    }
+
+    /// The time that threads wait by.
     pub(crate) fn now(&self) -> Instant {
+        if self.is_by_hand() { Instant::now() } else { self.clock() }
+    }
+
+    /// The time that leases and delays go by.
+    pub(crate) fn clock(&self) -> Instant {
         match &self.simulated {
             Some(simulated) => simulated.began + simulated.state.lock().passed,
             None => Instant::now(),
@@ -93,7 +117,7 @@ impl Environment {
 
     /// Fresh random bits.
     pub(crate) fn random(&self) -> u64 {
-        if let Some(simulated) = &self.simulated {
+        if let Some(simulated) = self.simulated.as_ref().filter(|simulated| !simulated.by_hand) {
             return split_mix(&mut simulated.state.lock().entropy);
         }
         let (high, low) = Uuid::new_v4().as_u64_pair();
@@ -141,6 +165,19 @@ mod tests {
         assert_eq!((environment.wall_ms(), environment.now() - began), (7, Duration::from_millis(50)));
         assert_eq!(environment.random(), other.random());
         assert_ne!(environment.random(), environment.random());
+    }
+
+    #[test]
+    fn a_clock_moved_by_hand_stands_still_while_threads_go_on() {
+        let environment = Environment::by_hand(1_000);
+        let (clock, now) = (environment.clock(), environment.now());
+        while environment.now() == now {
+            std::hint::spin_loop();
+        }
+        assert_eq!((environment.clock(), environment.wall_ms()), (clock, 1_000));
+        environment.pass(Duration::from_secs(60));
+        assert_eq!((environment.clock() - clock, environment.wall_ms()), (Duration::from_secs(60), 61_000));
+        assert!(environment.now() < now + Duration::from_secs(60));
     }
 
     #[test]

@@ -24,7 +24,6 @@ use crate::engine::dead_letter;
 use crate::engine::effect::{DeadLetterInfo, Delivery, Reply, SettleStatus};
 use crate::engine::error::EngineError;
 use crate::engine::types::{LeaseId, Level, PartitionKey, SubscriptionId};
-use crate::environment::Environment;
 use crate::shard::{Answer, Origin, Responder, Sink, Submission, Token};
 
 /// A record that was redriven so often is left where it is: it would go round for ever.
@@ -350,7 +349,7 @@ impl<'a> Job<'a> {
     }
 
     fn complete(&mut self, record: LeaseRef, partition: PartitionKey, letter: &Record) {
-        let batch = dead_letter::redriven(letter, Environment::default().wall_ms())
+        let batch = dead_letter::redriven(letter, self.broker.wall_ms())
             .and_then(|bytes| BatchHeader::parse(&bytes).map(|header| StagedBatch { header, bytes }));
         match batch {
             Ok(batch) => {

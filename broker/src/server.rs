@@ -37,6 +37,8 @@ const FORMAT: u32 = 1;
 /// Room in a journal frame beside the largest request: events may take several times the bytes of the small requests that
 /// they stand for.
 const FRAME_SLACK: u64 = 40 << 20;
+/// As good as for ever: a hundred years.
+const ENDLESS: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
 /// Why a server did not start.
 #[derive(Debug, thiserror::Error)]
@@ -64,12 +66,27 @@ fn owner(pid: Option<u32>) -> String {
     pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"))
 }
 
+/// What a server runs on.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    pub disk: Arc<dyn Disk>,
+    pub environment: Environment,
+}
+
+impl Default for Machine {
+    /// This machine.
+    fn default() -> Self {
+        Self { disk: Arc::new(RealDisk), environment: Environment::default() }
+    }
+}
+
 /// A running broker. To be ended by [`Self::shutdown`]; one that is dropped ends in the background, without waiting for its
 /// connections.
 #[derive(Debug)]
 pub struct Server {
     address: SocketAddr,
     broker: Broker,
+    environment: Environment,
     running: Option<Running>,
     cleaner: Option<Cleaner>,
     ended: CancellationToken,
@@ -84,13 +101,30 @@ impl Server {
     /// # Errors
     /// See [`ServerError`]. Nothing is served then.
     pub async fn start(settings: ServerSettings) -> Result<Self, ServerError> {
+        Self::open(settings, Machine::default(), DirLock::take).await
+    }
+
+    /// As [`Self::start`], on a machine of the caller's making. Nothing is locked: the caller sees to it that no other server
+    /// uses the data directory.
+    ///
+    /// # Errors
+    /// See [`ServerError`]. Nothing is served then.
+    pub async fn start_on(settings: ServerSettings, machine: Machine) -> Result<Self, ServerError> {
+        Self::open(settings, machine, |_| Ok(DirLock { _file: None })).await
+    }
+
+    async fn open(
+        settings: ServerSettings,
+        machine: Machine,
+        lock: fn(&Path) -> Result<DirLock, ServerError>,
+    ) -> Result<Self, ServerError> {
+        let Machine { disk, environment } = machine;
         let dir = settings.data_dir.clone();
-        let options = storage_options(&settings);
+        let options = storage_options(&settings, &environment);
         let runtime = Handle::current();
         let opening = spawn_blocking(move || {
-            let disk: Arc<dyn Disk> = Arc::new(RealDisk);
             disk.create_dir(&dir).map_err(|source| ServerError::Io { path: dir.clone(), source })?;
-            let lock = DirLock::take(&dir)?;
+            let lock = lock(&dir)?;
             check_format(&*disk, &dir)?;
             let running = shard::start(&disk, &dir, options, runtime)?;
             Ok::<_, ServerError>((lock, running))
@@ -132,6 +166,7 @@ impl Server {
             address,
             listener: tokio::spawn(listener.run(broker.clone())),
             broker,
+            environment,
             ended: running.ended.clone(),
             running: Some(running),
             cleaner: Some(cleaner),
@@ -148,6 +183,23 @@ impl Server {
     /// The front door, for use within the process.
     pub fn broker(&self) -> &Broker {
         &self.broker
+    }
+
+    /// Moves a clock that stands still ([`Environment::by_hand`]) to the next thing that is due, by `most` at the most, and
+    /// answers by how much once clients have nothing more to say to what happened; zero for a broker that has ended. On other
+    /// machines time passes by itself. When the future is dropped, the clock stands where it is.
+    pub async fn step_clock(&self, most: Duration) -> Duration {
+        match &self.running {
+            Some(running) => shard::step(&running.inbox, &self.environment, most).await,
+            None => Duration::ZERO,
+        }
+    }
+
+    /// Returns when clients have been quiet for a few milliseconds, or after a second.
+    pub async fn settle(&self) {
+        if let Some(running) = &self.running {
+            shard::settle(&running.inbox).await;
+        }
     }
 
     /// Returns when the broker has ended by itself, which is a fault: it should be restarted.
@@ -201,14 +253,16 @@ async fn stop(running: Running) {
     }
 }
 
-fn storage_options(settings: &ServerSettings) -> StorageOptions {
+fn storage_options(settings: &ServerSettings, environment: &Environment) -> StorageOptions {
     let limits = &settings.limits;
+    // Who is alive is heard in the time of connections, not of a clock that jumps.
+    let session_timeout = if environment.is_by_hand() { ENDLESS } else { settings.session_timeout };
     StorageOptions {
         engine: EngineSettings {
             segment_bytes: settings.segment.bytes.0,
             retention_interval: settings.retention.check_interval,
             max_pinned_bytes: settings.retention.pinned_bytes.0,
-            session_timeout: settings.session_timeout,
+            session_timeout,
             max_topics: limits.topics,
             max_partitions: limits.partitions,
             max_groups: limits.groups,
@@ -224,6 +278,7 @@ fn storage_options(settings: &ServerSettings) -> StorageOptions {
             first_file_bytes: settings.journal.first_file_bytes.0,
             file_bytes: settings.journal.file_bytes.0,
             max_frame_bytes: settings.max_frame_bytes.0 + FRAME_SLACK,
+            environment: environment.clone(),
             ..JournalOptions::default()
         },
         log: LogOptions {
@@ -231,6 +286,7 @@ fn storage_options(settings: &ServerSettings) -> StorageOptions {
             tail_bytes: settings.tail_cache_bytes.as_usize(),
             reread_bytes: settings.reread_cache_bytes.as_usize(),
             open_files: settings.open_files as usize,
+            environment: environment.clone(),
             ..LogOptions::default()
         },
         shard: ShardOptions {
@@ -253,7 +309,7 @@ fn storage_options(settings: &ServerSettings) -> StorageOptions {
             interval: settings.scrub.interval,
         },
         sync_interval: settings.journal.sync_interval,
-        environment: Environment::default(),
+        environment: environment.clone(),
     }
 }
 
@@ -280,7 +336,8 @@ fn native_settings(settings: &ServerSettings) -> NativeSettings {
 /// Keeps a second process out of a data directory. The lock is the kernel's, on the open file: it ends with the process.
 #[derive(Debug)]
 pub struct DirLock {
-    _file: File,
+    /// None where the caller keeps others out.
+    _file: Option<File>,
 }
 
 impl DirLock {
@@ -309,7 +366,7 @@ impl DirLock {
         if let Err(error) = write(&mut file) {
             tracing::warn!(file = %path.display(), %error, "cannot write the process id");
         }
-        Ok(Self { _file: file })
+        Ok(Self { _file: Some(file) })
     }
 }
 

@@ -110,6 +110,11 @@ impl StatusBoard {
         }
     }
 
+    /// The wall clock, in Unix milliseconds.
+    pub(crate) fn wall_ms(&self) -> i64 {
+        self.environment.wall_ms()
+    }
+
     /// Reads it off. May ask the disk for its room.
     pub fn read(&self) -> Status {
         let disk_available = self.file_system.available().ok();

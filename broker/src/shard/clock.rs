@@ -9,7 +9,7 @@ use crate::environment::{Environment, split_mix};
 #[derive(Debug)]
 pub(crate) struct Clock {
     environment: Environment,
-    /// Monotonic time at `started`.
+    /// Monotonic time at `started`, which is of the environment's clock.
     base_ms: u64,
     started: Instant,
     entropy: u64,
@@ -18,7 +18,7 @@ pub(crate) struct Clock {
 impl Clock {
     /// A clock whose monotonic time goes on from `base_ms`.
     pub(crate) fn starting_at(environment: Environment, base_ms: u64) -> Self {
-        let (started, entropy) = (environment.now(), environment.random());
+        let (started, entropy) = (environment.clock(), environment.random());
         Self { environment, base_ms, started, entropy }
     }
 
@@ -27,12 +27,13 @@ impl Clock {
         Now { monotonic_ms, wall_ms, entropy: split_mix(&mut self.entropy) }
     }
 
+    /// The time that threads wait by.
     pub(crate) fn instant(&self) -> Instant {
         self.environment.now()
     }
 
     pub(crate) fn monotonic_ms(&self) -> u64 {
-        let passed = self.instant().saturating_duration_since(self.started).as_millis();
+        let passed = self.environment.clock().saturating_duration_since(self.started).as_millis();
         self.base_ms.saturating_add(u64::try_from(passed).unwrap_or(u64::MAX))
     }
 

@@ -194,6 +194,11 @@ impl Shard {
         }
     }
 
+    /// The last frame known to be on the device.
+    pub(crate) fn synced(&self) -> Lsn {
+        self.synced
+    }
+
     /// True while every frame is on the device.
     pub(crate) fn is_synced(&self) -> bool {
         self.synced >= self.written

@@ -15,6 +15,7 @@ use parking_lot::{Mutex, MutexGuard};
 use crate::engine::command::Command;
 use crate::engine::types::Lsn;
 
+use super::advance::Progress;
 use super::runner::Runner;
 use super::sink::Responder;
 
@@ -141,6 +142,11 @@ impl Inbox {
         let mut lanes = self.lanes.lock();
         change(&mut lanes);
         std::mem::take(&mut lanes.sleeping)
+    }
+
+    /// How far the shard is; waits for the turn that it is in. Empty after its end.
+    pub(super) fn progress(&self) -> Progress {
+        self.seat().as_ref().map_or_else(Progress::default, Runner::progress)
     }
 
     fn wake(&self) {

@@ -9,9 +9,10 @@
 //!
 //! Order of reading: `admission` (bytes are admitted before they are queued), `inbox`, `core` (one turn), `runner` (the
 //! thread), `reference` (what the journal only refers to), `release` (the sync thread), `room` (when the disk is full), `reads` (what may touch the disk), `checkpoint`, `recovery` (how it all begins).
-//! `stepped` is the same without threads.
+//! `stepped` is the same without threads; `advance` moves a clock that stands still by itself.
 
 mod admission;
+mod advance;
 mod checkpoint;
 mod clock;
 mod core;
@@ -29,6 +30,7 @@ mod stepped;
 mod tests;
 
 pub use admission::{Admission, ConnectionGate, Gate, Overloaded, REQUEST_OVERHEAD};
+pub(crate) use advance::{settle, step};
 pub use core::ShardOptions;
 pub(crate) use inbox::Inbox;
 pub use inbox::Submission;

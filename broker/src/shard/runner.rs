@@ -8,6 +8,7 @@ use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::advance::Progress;
 use super::checkpoint::Work;
 use super::clock::Clock;
 use super::core::Shard;
@@ -196,6 +197,14 @@ impl Runner {
 
     pub(crate) fn clock(&self) -> &Clock {
         &self.clock
+    }
+
+    pub(super) fn progress(&self) -> Progress {
+        Progress {
+            written: self.shard.written(),
+            synced: self.shard.synced(),
+            until_due: self.shard.next_deadline().map(|deadline| self.clock.until(deadline)),
+        }
     }
 
     fn since(&self, past: Instant) -> Duration {

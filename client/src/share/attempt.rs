@@ -135,7 +135,7 @@ impl Attempt {
     pub(super) fn new(delivery: &mut Delivery, counts: &Arc<Counts>) -> Self {
         // From here on the lease is settled by what the handler answers, not by the drop of the delivery.
         delivery.settled = true;
-        let (settler, lease) = (delivery.settler.clone(), delivery.lease.clone());
+        let (settler, lease) = (delivery.settler.clone(), delivery.lease);
         Self { settler, lease, counts: counts.clone(), ended: false }
     }
 

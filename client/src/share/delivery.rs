@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use felucca_protocol::message::{self, Outcome, RecordState, SettleStatus, SettlementDetail};
+use uuid::Uuid;
 
 use super::complete::complete;
 use super::settler::{Settler, Waiting};
@@ -19,9 +20,9 @@ const MAX_REASON_BYTES: usize = 1024;
 const MAX_DETAIL_BYTES: usize = 8192;
 
 /// The name of a lease. A settlement under it can never touch a later delivery of the record.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Lease {
-    pub(crate) topic_id: Bytes,
+    pub(crate) topic_id: Uuid,
     pub(crate) partition: u32,
     pub(crate) offset: u64,
     pub boot_epoch: u64,
@@ -29,9 +30,13 @@ pub struct Lease {
 }
 
 impl Lease {
-    pub(super) fn to_message(&self) -> message::LeaseRef {
+    pub(super) fn topic_id_bytes(self) -> Bytes {
+        Bytes::copy_from_slice(self.topic_id.as_bytes())
+    }
+
+    pub(super) fn to_message(self) -> message::LeaseRef {
         message::LeaseRef {
-            topic_id: self.topic_id.clone(),
+            topic_id: self.topic_id_bytes(),
             partition: self.partition,
             offset: self.offset,
             boot_epoch: self.boot_epoch,

@@ -7,17 +7,20 @@
 //! A lease whose time is over is held no longer, whether or not the broker could say so: work for it has to stop.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use felucca_protocol::message;
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
+use uuid::Uuid;
+
 use super::delivery::Lease;
 
-/// By topic id, partition and offset: at most one lease each.
-type Key = (Bytes, u32, u64);
+/// By topic id, partition and offset: at most one lease each. All three come from a broker that the user has chosen, so that
+/// the hash need not withstand an attack.
+type Key = (Uuid, u32, u64);
 
 #[derive(Debug)]
 struct Held {
@@ -36,14 +39,6 @@ struct Held {
     lost: Option<CancellationToken>,
 }
 
-impl Held {
-    fn lose(self) {
-        if let Some(lost) = self.lost {
-            lost.cancel();
-        }
-    }
-}
-
 /// Records and bytes.
 #[derive(Clone, Copy, Debug, Default)]
 struct Amount {
@@ -53,7 +48,7 @@ struct Amount {
 
 #[derive(Debug, Default)]
 struct State {
-    held: HashMap<Key, Held>,
+    held: HashMap<Key, Held, foldhash::fast::RandomState>,
     held_bytes: i64,
     /// 0 while none is open.
     subscription: u64,
@@ -90,7 +85,7 @@ pub(super) struct Leases {
 }
 
 fn key(lease: &Lease) -> Key {
-    (lease.topic_id.clone(), lease.partition, lease.offset)
+    (lease.topic_id, lease.partition, lease.offset)
 }
 
 impl Leases {
@@ -102,10 +97,15 @@ impl Leases {
 
     /// Takes a record in. One that came again, after an older lease of it ran out, has taken credit twice and is settled
     /// once: answers the credit that the open subscription gets for the older lease.
-    pub(super) fn hold(&self, lease: &Lease, bytes: u32, duration: Duration) -> Option<message::Credit> {
-        let now = Instant::now();
+    pub(super) fn hold(
+        &self,
+        lease: &Lease,
+        bytes: u32,
+        now: Instant,
+        duration: Duration,
+    ) -> Option<message::Credit> {
         let held = Held {
-            lease: lease.clone(),
+            lease: *lease,
             bytes,
             duration,
             deadline: now + duration,
@@ -119,8 +119,7 @@ impl Leases {
         state.left.bytes -= i64::from(bytes);
         state.held_bytes += i64::from(bytes);
         let older = state.held.insert(key(lease), held)?;
-        state.held_bytes -= i64::from(older.bytes);
-        older.lose();
+        state.lose(older);
         state.credit()
     }
 
@@ -143,20 +142,24 @@ impl Leases {
         }
     }
 
-    /// From now on its holder extends it.
-    pub(super) fn hand_out(&self, lease: &Lease) {
-        self.change(lease, |held| held.keep = false);
+    /// From now on its holder extends it. False when it is held no longer.
+    pub(super) fn hand_out(&self, lease: &Lease) -> bool {
+        self.change(lease, |held| held.keep = false)
     }
 
+    /// Nothing to do for one that is held no longer.
     pub(super) fn set_settling(&self, lease: &Lease, settling: bool) {
         self.change(lease, |held| held.settling = settling);
     }
 
-    fn change(&self, lease: &Lease, change: impl FnOnce(&mut Held)) {
-        if let Some(held) = self.state.lock().held.get_mut(&key(lease))
-            && held.lease == *lease
-        {
-            change(held);
+    /// False when it is held no longer.
+    fn change(&self, lease: &Lease, change: impl FnOnce(&mut Held)) -> bool {
+        match self.state.lock().held.get_mut(&key(lease)) {
+            Some(held) if held.lease == *lease => {
+                change(held);
+                true
+            }
+            _ => false,
         }
     }
 
@@ -208,9 +211,11 @@ impl Leases {
     pub(super) fn let_go<'a>(&self, leases: impl IntoIterator<Item = &'a Lease>) -> Option<message::Credit> {
         let mut state = self.state.lock();
         for lease in leases {
-            let key = key(lease);
-            if state.held.get(&key).is_some_and(|held| held.lease == *lease) {
-                state.remove(&key);
+            if let Entry::Occupied(entry) = state.held.entry(key(lease))
+                && entry.get().lease == *lease
+            {
+                let held = entry.remove();
+                state.lose(held);
             }
         }
         state.credit()
@@ -223,17 +228,16 @@ impl Leases {
     pub(super) fn due(&self, now: Instant) -> Due {
         let mut state = self.state.lock();
         let over = |held: &Held| !held.settling && held.deadline <= now;
-        let over: Vec<Key> =
-            state.held.iter().filter(|(_, held)| over(held)).map(|(key, _)| key.clone()).collect();
-        for key in over {
-            state.remove(&key);
+        let over: Vec<Held> = state.held.extract_if(|_, held| over(held)).map(|(_, held)| held).collect();
+        for held in over {
+            state.lose(held);
         }
         let mut due = Due { extend: Vec::new(), credit: state.credit(), next_end: None };
         for held in state.held.values_mut().filter(|held| !held.settling) {
             due.next_end = Some(due.next_end.map_or(held.deadline, |next| next.min(held.deadline)));
             if held.keep && held.extend_at <= now {
                 held.extend_at = now + held.duration / 8;
-                due.extend.push(held.lease.clone());
+                due.extend.push(held.lease);
             }
         }
         due
@@ -249,10 +253,11 @@ impl Leases {
 }
 
 impl State {
-    fn remove(&mut self, key: &Key) {
-        if let Some(held) = self.held.remove(key) {
-            self.held_bytes -= i64::from(held.bytes);
-            held.lose();
+    /// It was held, and is no longer.
+    fn lose(&mut self, held: Held) {
+        self.held_bytes -= i64::from(held.bytes);
+        if let Some(lost) = held.lost {
+            lost.cancel();
         }
     }
 
@@ -293,7 +298,7 @@ mod tests {
     use super::*;
 
     fn lease(offset: u64, sequence: u64) -> Lease {
-        Lease { topic_id: Bytes::from_static(&[1; 16]), partition: 0, offset, boot_epoch: 1, sequence }
+        Lease { topic_id: Uuid::from_bytes([1; 16]), partition: 0, offset, boot_epoch: 1, sequence }
     }
 
     const TIME: Duration = Duration::from_secs(30);
@@ -302,7 +307,7 @@ mod tests {
     fn what_is_let_go_while_a_subscription_is_opened_is_owed_to_it() {
         let leases = Leases::new(10, 1000);
         for offset in 0..3 {
-            leases.hold(&lease(offset, offset), 100, TIME);
+            leases.hold(&lease(offset, offset), 100, Instant::now(), TIME);
         }
         let (records, bytes, held) = leases.open();
         assert_eq!((records, bytes, held.len()), (7, 700, 3));
@@ -315,8 +320,8 @@ mod tests {
     #[test]
     fn an_old_lease_does_not_end_a_later_one_on_the_same_record() {
         let leases = Leases::new(10, 1000);
-        leases.hold(&lease(5, 1), 10, TIME);
-        leases.hold(&lease(5, 2), 10, TIME);
+        leases.hold(&lease(5, 1), 10, Instant::now(), TIME);
+        leases.hold(&lease(5, 2), 10, Instant::now(), TIME);
         leases.let_go([&lease(5, 1)]);
         assert!(leases.is_held(&lease(5, 2)));
         assert!(!leases.is_held(&lease(5, 1)));
@@ -327,9 +332,9 @@ mod tests {
         let leases = Leases::new(10, 1000);
         leases.open();
         leases.opened(9);
-        assert_eq!(leases.hold(&lease(5, 1), 10, TIME), None);
+        assert_eq!(leases.hold(&lease(5, 1), 10, Instant::now(), TIME), None);
         let owed = message::Credit { subscription: 9, records: 1, bytes: 10 };
-        assert_eq!(leases.hold(&lease(5, 2), 10, TIME), Some(owed));
+        assert_eq!(leases.hold(&lease(5, 2), 10, Instant::now(), TIME), Some(owed));
         assert_eq!(leases.let_go([&lease(5, 1)]), None);
         assert_eq!(leases.let_go([&lease(5, 2)]), Some(owed));
     }
@@ -338,7 +343,7 @@ mod tests {
     fn leases_are_extended_at_half_time_unless_handed_out_or_being_settled() {
         let leases = Leases::new(10, 1000);
         for offset in 0..3 {
-            leases.hold(&lease(offset, offset), 1, TIME);
+            leases.hold(&lease(offset, offset), 1, Instant::now(), TIME);
         }
         leases.hand_out(&lease(0, 0));
         leases.set_settling(&lease(1, 1), true);
@@ -355,7 +360,7 @@ mod tests {
         leases.open();
         leases.opened(9);
         for offset in 0..3 {
-            leases.hold(&lease(offset, offset), 1, TIME);
+            leases.hold(&lease(offset, offset), 1, Instant::now(), TIME);
         }
         let lost = [0, 1, 2].map(|offset| leases.lost(&lease(offset, offset)));
         leases.set_settling(&lease(1, 1), true);
@@ -375,7 +380,7 @@ mod tests {
         let leases = Leases::new(10, 1000);
         leases.open();
         leases.opened(9);
-        leases.hold(&lease(0, 0), 10, TIME);
+        leases.hold(&lease(0, 0), 10, Instant::now(), TIME);
         assert_eq!(leases.want(0), Change::Resubscribe);
         leases.closed();
         assert_eq!((leases.open().0, leases.opened(10)), (0, None));
@@ -389,7 +394,7 @@ mod tests {
     #[test]
     fn a_member_that_drains_asks_for_nothing() {
         let leases = Leases::new(10, 1000);
-        leases.hold(&lease(0, 0), 10, TIME);
+        leases.hold(&lease(0, 0), 10, Instant::now(), TIME);
         leases.drain();
         let (records, bytes, held) = leases.open();
         assert_eq!((records, bytes, held.len()), (0, 0, 1));

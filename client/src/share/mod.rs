@@ -181,8 +181,7 @@ impl ShareConsumer {
     pub async fn next(&mut self) -> Result<Delivery> {
         loop {
             let mut delivery = self.deliveries.recv().await.unwrap_or(Err(Error::Closed))?;
-            if !delivery.lease_is_lost() {
-                self.settler.core.leases.hand_out(&delivery.lease);
+            if self.settler.core.leases.hand_out(&delivery.lease) {
                 return Ok(delivery);
             }
             // Its time was over before its turn came.

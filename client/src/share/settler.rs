@@ -15,6 +15,7 @@ use prost::Message;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use super::Settings;
 use super::delivery::{Lease, SettleResult};
@@ -135,7 +136,7 @@ impl Settler {
         if outcome != Outcome::Extend {
             self.core.leases.set_settling(lease, true);
         }
-        let queued = Queued { lease: lease.clone(), outcome, detail, answer: Answer::Caller(answer) };
+        let queued = Queued { lease: *lease, outcome, detail, answer: Answer::Caller(answer) };
         // Without a runtime the answer is dropped with the message: `Closed`.
         let _closed = self.queue.send(queued);
         Waiting(waiting)
@@ -160,7 +161,7 @@ async fn run(core: Arc<Core>, mut queue: mpsc::UnboundedReceiver<Queued>) {
     while let Some(first) = queue.recv().await {
         let mut batch = gather(first, &mut queue);
         // Stable: what concerns one lease stays in its order.
-        batch.sort_by(|a, b| target(a).cmp(&target(b)));
+        batch.sort_by_key(target);
         let request = request(&core, &mut batch);
         let outcome = send(&core.client, &request).await.and_then(|(reply, repeated)| {
             if reply.results.len() == batch.len() {
@@ -196,13 +197,13 @@ fn gather(first: Queued, queue: &mut mpsc::UnboundedReceiver<Queued>) -> Vec<Que
     batch
 }
 
-fn target(queued: &Queued) -> (&[u8], u32, u64) {
-    (&queued.lease.topic_id, queued.lease.partition, queued.lease.boot_epoch)
+fn target(queued: &Queued) -> (Uuid, u32, u64) {
+    (queued.lease.topic_id, queued.lease.partition, queued.lease.boot_epoch)
 }
 
 fn request(core: &Core, batch: &mut [Queued]) -> message::Settle {
     let batches = batch.chunk_by_mut(|a, b| target(a) == target(b)).map(|run| {
-        let (topic_id, partition) = (run[0].lease.topic_id.clone(), run[0].lease.partition);
+        let (topic_id, partition) = (run[0].lease.topic_id_bytes(), run[0].lease.partition);
         let boot_epoch = run[0].lease.boot_epoch;
         let settlement = |queued: &mut Queued| Settlement {
             offset: queued.lease.offset,

@@ -12,6 +12,7 @@ use felucca_protocol::frame::Frame;
 use felucca_protocol::{Api, ErrorCode, message};
 use tokio::sync::mpsc;
 use tokio::time::{sleep_until, timeout};
+use uuid::Uuid;
 
 use super::delivery::{Delivery, Lease};
 use super::settler::{Core, Settler};
@@ -221,6 +222,9 @@ impl Task {
         let topic = self.core.client.topic_by_id(&leased.topic_id).await?;
         let lease_duration = Duration::from_millis(u64::from(leased.lease_ms));
         self.tick = self.tick.min((lease_duration / 8).clamp(SHORTEST_TICK, LONGEST_TICK));
+        let topic_id =
+            Uuid::from_slice(&leased.topic_id).map_err(|error| Error::Protocol(error.to_string()))?;
+        let now = Instant::now();
         let payload = push.payload.freeze();
         let mut index = 0;
         for batch in batch::split(&payload) {
@@ -231,7 +235,7 @@ impl Task {
             for (record, meta) in batch::records(&batch)?.zip(&scanned) {
                 let (record, size) = (record?, meta?.size);
                 let lease = Lease {
-                    topic_id: leased.topic_id.clone(),
+                    topic_id,
                     partition: leased.partition,
                     offset: record.offset,
                     boot_epoch: leased.boot_epoch,
@@ -239,7 +243,7 @@ impl Task {
                 };
                 // Without anybody to settle it, it goes back with the farewell.
                 let Some(settler) = self.settler.upgrade() else { return Ok(()) };
-                if let Some(credit) = self.core.leases.hold(&lease, size, lease_duration) {
+                if let Some(credit) = self.core.leases.hold(&lease, size, now, lease_duration) {
                     self.core.client.link.tell(Api::Credit, &credit);
                 }
                 let delivery = Delivery {
