@@ -8,6 +8,8 @@ mod broker;
 mod database;
 mod email;
 mod events;
+#[cfg(test)]
+mod flow_tests;
 mod input;
 mod order;
 mod payment;

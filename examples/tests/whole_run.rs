@@ -112,6 +112,18 @@ fn without_the_outage_guard_orders_of_the_outage_are_dead_and_the_rest_keeps_its
 }
 
 #[test]
+fn a_bug_makes_dead_letters_and_its_fix_and_a_redrive_complete_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let work_dir = dir.path().join("run");
+    let kept = ["--scenario", "fixed-bug", "--orders", "400", "--work-dir", work_dir.to_str().unwrap()];
+    // That each order which met the bug has a dead letter and is completed all the same is part of what reconciles.
+    let report = run(dir.path(), &kept);
+    assert_eq!((&report["duplicate_charges"], &report["lost"]), (&0.into(), &0.into()), "{report}");
+    let output = reconcile(&work_dir);
+    assert!(output.status.success(), "{}", text(&output));
+}
+
+#[test]
 fn other_purchases_can_be_placed() {
     let dir = tempfile::tempdir().unwrap();
     let input = dir.path().join("purchases.csv");

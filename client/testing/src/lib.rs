@@ -11,13 +11,13 @@
 //! let broker = TestBroker::start().await?;
 //! let client = broker.client().await?;
 //! client.admin().create_topic("orders", 1, &[]).await?;
-//! client.admin().create_share_group("payment", &["orders"], &[("backoff-initial", "5m")]).await?;
+//! client.admin().create_share_group("payment", &["orders"], &[("backoff-initial", "5m"), ("jitter", "0")]).await?;
 //! let producer = client.producer().build().await?;
 //! producer.send(Record::new("orders", "order 42")).await?;
 //!
 //! let mut payment = client.share_consumer("payment").build().await?;
 //! payment.next().await?.nack(Nack::new("gateway", "no answer")).await?;
-//! broker.advance(Duration::from_mins(10)).await;
+//! broker.advance(Duration::from_mins(5)).await;
 //! let retry: Delivery = payment.next().await?;
 //! assert_eq!((retry.delivery_count, retry.failure_count), (2, 1));
 //! retry.ack().await?;
@@ -42,6 +42,11 @@
 //! throughout.
 
 mod proxy;
+
+/// The guide's examples are run.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/testing-your-service.md")]
+struct Guide;
 
 use std::io;
 use std::path::PathBuf;

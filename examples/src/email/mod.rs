@@ -17,8 +17,9 @@ pub(crate) mod store;
 use std::path::PathBuf;
 
 use anyhow::Context as _;
-use felucca_client::{ConsumedRecord, Nack, Outcome, Reject};
+use felucca_client::{Client, ConsumedRecord, Delivery, Nack, Outcome, Reject, ShareConsumer, WorkerReport};
 use lettre::{AsyncSmtpTransport, AsyncTransport as _, Message, Tokio1Executor};
+use tokio_util::sync::CancellationToken;
 
 pub(crate) use compose::message_id;
 
@@ -65,24 +66,20 @@ pub(crate) async fn run(args: EmailArgs) -> anyhow::Result<()> {
         client = service::connect(&args.broker, "email") => client?,
         () = stop.cancelled() => return Ok(()),
     };
-    let worker = client
-        .share_consumer(topology::EMAIL_GROUP)
-        .member_id(args.member)
-        .concurrency(args.concurrency)
-        .build()
-        .await?;
+    let worker = worker(&client, args.member, args.concurrency).await?;
     service::announce_ready()?;
-    let report = worker
-        .run(
-            |delivery| {
-                let mails = mails.clone();
-                async move { mails.handle(&delivery).await }
-            },
-            stop.cancelled_owned(),
-        )
-        .await?;
+    let report = mails.work(worker, stop).await?;
     tracing::info!(?report, "stopped");
     Ok(())
+}
+
+/// Joins the email group.
+pub(crate) async fn worker(
+    client: &Client,
+    member: String,
+    concurrency: usize,
+) -> felucca_client::Result<ShareConsumer> {
+    client.share_consumer(topology::EMAIL_GROUP).member_id(member).concurrency(concurrency).build().await
 }
 
 /// A connection pool for `smtp://host[:port]`.
@@ -103,18 +100,32 @@ fn smtp_transport(url: &str) -> anyhow::Result<AsyncSmtpTransport<Tokio1Executor
 
 /// Where mails go.
 #[derive(Clone, Debug)]
-enum Route {
+pub(crate) enum Route {
     Smtp(AsyncSmtpTransport<Tokio1Executor>),
     Mailbox(Mailbox),
 }
 
+/// What the service works with.
 #[derive(Clone, Debug)]
-struct Mails {
-    store: Store,
-    route: Route,
+pub(crate) struct Mails {
+    pub(crate) store: Store,
+    pub(crate) route: Route,
 }
 
 impl Mails {
+    /// Writes mails until `stop`, and then to the end of those that have been begun.
+    pub(crate) async fn work(
+        self,
+        worker: ShareConsumer,
+        stop: CancellationToken,
+    ) -> felucca_client::Result<WorkerReport> {
+        let handler = |delivery: Delivery| {
+            let mails = self.clone();
+            async move { mails.handle(&delivery).await }
+        };
+        worker.run(handler, stop.cancelled_owned()).await
+    }
+
     async fn handle(&self, record: &ConsumedRecord) -> Outcome {
         let envelope = match Envelope::from_record(record) {
             Ok(envelope) => envelope,

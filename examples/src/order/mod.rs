@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use felucca_client::Client;
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -66,20 +67,16 @@ pub(crate) async fn run(args: OrderArgs) -> anyhow::Result<()> {
     let router = api::router(store.clone(), Arc::clone(&outbox));
     let serve = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
     let serve = async { serve.await.context("the HTTP server failed") };
-    let exchange = async {
+    let exchanging = async {
         let client = tokio::select! {
             client = service::connect(&args.broker, "order") => client?,
             () = stop.cancelled() => return Ok(()),
         };
-        tokio::try_join!(
-            relay::run(&client, &store, outbox, stop.clone()),
-            results::run(&client, &store, &args.member, stop.clone()),
-        )
-        .map(|_| ())
+        exchange(&client, &store, outbox, &args.member, stop.clone()).await
     };
-    let exchange = async {
+    let exchanging = async {
         tokio::select! {
-            done = exchange => done,
+            done = exchanging => done,
             // As after a kill: the outbox and the positions have what the next start needs.
             () = grace_over(&stop) => {
                 tracing::warn!("the broker does not answer; stopping without it");
@@ -87,8 +84,21 @@ pub(crate) async fn run(args: OrderArgs) -> anyhow::Result<()> {
             }
         }
     };
-    tokio::try_join!(serve, exchange)?;
+    tokio::try_join!(serve, exchanging)?;
     Ok(())
+}
+
+/// Brings orders to the broker and results back, until `stop`.
+pub(crate) async fn exchange(
+    client: &Client,
+    store: &Store,
+    outbox: Arc<Notify>,
+    member: &str,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let relay = relay::run(client, store, outbox, stop.clone());
+    let results = results::run(client, store, member, stop);
+    tokio::try_join!(relay, results).map(|_| ())
 }
 
 /// Ready when the broker has had its time to answer what was under way when the service was told to stop.

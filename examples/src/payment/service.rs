@@ -19,7 +19,8 @@
 use std::path::PathBuf;
 
 use anyhow::Context as _;
-use felucca_client::{ConsumedRecord, Nack, Outcome, Reject};
+use felucca_client::{Client, ConsumedRecord, Delivery, Nack, Outcome, Reject, ShareConsumer, WorkerReport};
+use tokio_util::sync::CancellationToken;
 
 use super::gateway::{ChargeRequest, Decision, Gateway, GatewayError};
 use super::store::{Payment, Store};
@@ -53,6 +54,9 @@ pub(crate) struct PaymentArgs {
     /// An order on which this service panics, as CUSTOMER:CENTS.
     #[arg(long, value_parser = parse_poison)]
     poison: Option<Poison>,
+    /// A bug: this service panics on orders of more CDs than that.
+    #[arg(long)]
+    bug_cds: Option<u32>,
     /// Name of this instance; an instance that comes back under its name keeps what it was working on.
     #[arg(long, default_value = "payment-1")]
     member: String,
@@ -70,43 +74,43 @@ pub(crate) async fn run(args: PaymentArgs) -> anyhow::Result<()> {
             .context("cannot open the gateway's ledger")?
             .steady(args.steady_gateway),
         poison: args.poison,
+        bug_cds: args.bug_cds,
     };
     let client = tokio::select! {
         client = service::connect(&args.broker, "payment") => client?,
         () = stop.cancelled() => return Ok(()),
     };
-    let worker = client
-        .share_consumer(topology::PAYMENT_GROUP)
-        .member_id(args.member)
-        .concurrency(args.concurrency)
-        .build()
-        .await?;
+    let worker = worker(&client, args.member, args.concurrency).await?;
     service::announce_ready()?;
-    let report = worker
-        .run(
-            |delivery| {
-                let payments = payments.clone();
-                async move { payments.handle(&delivery).await }
-            },
-            stop.cancelled_owned(),
-        )
-        .await?;
+    let report = payments.work(worker, stop).await?;
     tracing::info!(?report, "stopped");
     Ok(())
 }
 
+/// Joins the payment group.
+pub(crate) async fn worker(
+    client: &Client,
+    member: String,
+    concurrency: usize,
+) -> felucca_client::Result<ShareConsumer> {
+    client.share_consumer(topology::PAYMENT_GROUP).member_id(member).concurrency(concurrency).build().await
+}
+
+/// What the service works with.
 #[derive(Clone, Debug)]
-struct Payments {
-    store: Store,
-    gateway: Gateway,
-    poison: Option<Poison>,
+pub(crate) struct Payments {
+    pub(crate) store: Store,
+    pub(crate) gateway: Gateway,
+    pub(crate) poison: Option<Poison>,
+    /// Orders of more CDs are too much for it.
+    pub(crate) bug_cds: Option<u32>,
 }
 
 /// An order that this service has a bug with.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Poison {
-    customer: String,
-    cents: u64,
+pub(crate) struct Poison {
+    pub(crate) customer: String,
+    pub(crate) cents: u64,
 }
 
 fn parse_poison(text: &str) -> Result<Poison, String> {
@@ -117,6 +121,19 @@ fn parse_poison(text: &str) -> Result<Poison, String> {
 }
 
 impl Payments {
+    /// Works on orders until `stop`, and then to the end of those that have been begun.
+    pub(crate) async fn work(
+        self,
+        worker: ShareConsumer,
+        stop: CancellationToken,
+    ) -> felucca_client::Result<WorkerReport> {
+        let handler = |delivery: Delivery| {
+            let payments = self.clone();
+            async move { payments.handle(&delivery).await }
+        };
+        worker.run(handler, stop.cancelled_owned()).await
+    }
+
     async fn handle(&self, record: &ConsumedRecord) -> Outcome {
         let envelope = match Envelope::from_record(record) {
             Ok(envelope) => envelope,
@@ -135,7 +152,8 @@ impl Payments {
             );
         }
         // The worker makes this a nack of class `panic`; what else it does goes on.
-        assert!(!self.is_poison(order), "order {} is more than this service can bear", order.order_id);
+        let bearable = !self.is_poison(order) && self.bug_cds.is_none_or(|most| order.cds <= most);
+        assert!(bearable, "order {} is more than this service can bear", order.order_id);
         match self.pay(order).await {
             Ok(payment) => complete(&envelope.trace_parent, order, payment),
             Err(PayError::Gateway(error @ GatewayError::Timeout)) => retry("gateway-timeout", &error),

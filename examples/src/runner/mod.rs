@@ -26,7 +26,7 @@ use crate::reconcile::{Evidence, LogEvidence, Reconciliation, reconcile};
 use crate::report::{self, Report};
 use crate::{service, topology};
 use progress::{Snapshot, Watcher};
-use scenario::{Expected, ScenarioArgs};
+use scenario::{Expected, ScenarioArgs, Stage};
 use supervise::{Fleet, Role};
 use work_dir::WorkDir;
 
@@ -108,9 +108,9 @@ pub(crate) async fn run(args: RunArgs) -> anyhow::Result<bool> {
     let mut work_dir = WorkDir::create(args.work_dir.as_deref())?;
     work_dir.keep_input(&text, &expected)?;
     let poison = purchases.iter().find(|purchase| Some(purchase.line) == expected.poison);
-    let fleet = Arc::new(Fleet::new(&work_dir, args.seed, poison)?);
+    let fleet = Arc::new(Fleet::new(&work_dir, args.seed, poison, expected.bug_cds)?);
     let outcome = async {
-        let trouble = work(&args, &purchases, &work_dir, &fleet).await?;
+        let trouble = work(&args, &purchases, &expected, &work_dir, &fleet).await?;
         let mut found = look(&purchases, &expected, &work_dir, &fleet).await?;
         found.findings.extend(trouble);
         anyhow::Ok(found)
@@ -145,7 +145,7 @@ pub(crate) async fn reconcile_again(args: ReconcileArgs) -> anyhow::Result<bool>
     let work_dir = WorkDir::open(&args.work_dir)?;
     let (text, expected) = work_dir.input()?;
     let purchases = parse(&text, expected.orders)?;
-    let fleet = Fleet::new(&work_dir, 0, None)?;
+    let fleet = Fleet::new(&work_dir, 0, None, None)?;
     fleet.start(Role::Broker).await?;
     let found = look(&purchases, &expected, &work_dir, &fleet).await?;
     let report = Report::new(&found, 0, started.elapsed().as_secs_f64());
@@ -157,6 +157,7 @@ pub(crate) async fn reconcile_again(args: ReconcileArgs) -> anyhow::Result<bool>
 async fn work(
     args: &RunArgs,
     purchases: &[Purchase],
+    expected: &Expected,
     work_dir: &WorkDir,
     fleet: &Arc<Fleet>,
 ) -> anyhow::Result<Vec<String>> {
@@ -187,8 +188,15 @@ async fn work(
             tokio::try_join!(place, chaos::run(plan, Arc::clone(fleet), progress.clone(), admitted))?;
             trouble.extend(chaos::check(fleet).err().map(|error| error.to_string()));
         } else {
-            let down = gateway::outage_file(&work_dir.files().gateway);
-            tokio::try_join!(place, args.scenario.play(down, progress.clone()))?;
+            let stage = Stage {
+                fleet,
+                client: &client,
+                purchases,
+                expected,
+                down: gateway::outage_file(&work_dir.files().gateway),
+                progress: progress.clone(),
+            };
+            tokio::try_join!(place, args.scenario.play(stage))?;
         }
         if !progress::until_quiet(&client, progress, PATIENCE).await {
             trouble.push(format!("gave up waiting: nothing has moved for {PATIENCE:?}"));

@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -25,6 +25,8 @@ use crate::service::READY;
 
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+/// The payment service's option that gives it a bug; its value follows.
+const BUG: &str = "--bug-cds";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Role {
@@ -61,7 +63,7 @@ pub(crate) struct Fleet {
 #[derive(Debug)]
 struct Process {
     role: Role,
-    arguments: Vec<OsString>,
+    arguments: std::sync::Mutex<Vec<OsString>>,
     log: PathBuf,
     /// Locked while the process is being stopped or started.
     child: Arc<Mutex<Option<Child>>>,
@@ -70,7 +72,12 @@ struct Process {
 
 impl Fleet {
     /// Prepares the processes of a run; starts none.
-    pub(crate) fn new(work_dir: &WorkDir, seed: u64, poison: Option<&Purchase>) -> anyhow::Result<Self> {
+    pub(crate) fn new(
+        work_dir: &WorkDir,
+        seed: u64,
+        poison: Option<&Purchase>,
+        bug_cds: Option<u32>,
+    ) -> anyhow::Result<Self> {
         let [broker_port, order_port] = free_ports()?;
         let broker = format!("127.0.0.1:{broker_port}");
         let order = format!("127.0.0.1:{order_port}");
@@ -86,6 +93,9 @@ impl Fleet {
             payment.push(("--poison", OsString::from(format!("{}:{}", poison.customer, poison.cents))));
             payment.push(("--steady-gateway", OsString::from("true")));
         }
+        if let Some(most) = bug_cds {
+            payment.push((BUG, OsString::from(most.to_string())));
+        }
         let process = |role: Role, options: &[(&str, OsString)]| {
             let mut arguments = vec![OsString::from(role.name()), OsString::from("--end-with-parent")];
             for (name, value) in options {
@@ -93,6 +103,7 @@ impl Fleet {
             }
             let log = work_dir.logs().join(format!("{}.log", role.name()));
             let kills = AtomicU64::new(0);
+            let arguments = std::sync::Mutex::new(arguments);
             Arc::new(Process { role, arguments, log, child: Arc::default(), kills })
         };
         let processes = [
@@ -163,6 +174,17 @@ impl Fleet {
         }
     }
 
+    /// Replaces the payment service by one without the bug.
+    pub(crate) async fn deploy_fix(&self) -> anyhow::Result<()> {
+        self.stop(Role::Payment).await?;
+        let mut arguments = self.process(Role::Payment).arguments();
+        if let Some(bug) = arguments.iter().position(|argument| argument == BUG) {
+            arguments.drain(bug..bug + 2);
+        }
+        *self.process(Role::Payment).arguments.lock().unwrap_or_else(PoisonError::into_inner) = arguments;
+        self.start(Role::Payment).await
+    }
+
     /// Fails when a process has ended by itself.
     pub(crate) fn check(&self) -> anyhow::Result<()> {
         for process in &self.processes {
@@ -207,7 +229,7 @@ impl Process {
     async fn spawn(&self) -> anyhow::Result<Child> {
         let program = std::env::current_exe().context("cannot find this program")?;
         let mut child = Command::new(program)
-            .args(&self.arguments)
+            .args(self.arguments())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(append_to(&self.log)?)
@@ -220,6 +242,10 @@ impl Process {
             Ok(false) => Err(self.unexpected_end(child.wait().await?)),
             Err(_) => bail!("the {} process was not ready within {START_TIMEOUT:?}", self.role.name()),
         }
+    }
+
+    fn arguments(&self) -> Vec<OsString> {
+        self.arguments.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn unexpected_end(&self, status: std::process::ExitStatus) -> anyhow::Error {
