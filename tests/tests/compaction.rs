@@ -12,10 +12,9 @@ use felucca_client::{Client, Record, Start};
 use felucca_tests::process::BrokerProcess;
 use tokio::time::sleep;
 
-/// Room for few keys, so that there are several goes, and no pause that is not needed.
-const SETTINGS: [&str; 8] = [
+/// No pause that is not needed.
+const SETTINGS: [&str; 7] = [
     "--cleaner-interval=20ms",
-    "--cleaner-dedupe-buffer-bytes=1MiB",
     "--retention-check-interval=100ms",
     "--tail-cache-bytes=8MiB",
     "--unwritten-bytes=32MiB",
@@ -50,8 +49,10 @@ impl Random {
     }
 }
 
-fn start(data: &Path, listen: &str) -> BrokerProcess {
-    BrokerProcess::start_at(data, listen, &SETTINGS)
+/// The cleaner has room for so few keys that it needs several goes, and for so many that they are done in time.
+fn start(data: &Path, listen: &str, records: u64) -> BrokerProcess {
+    let room = format!("--cleaner-dedupe-buffer-bytes={}MiB", (records / 600_000).max(1));
+    BrokerProcess::start_at(data, listen, &[&SETTINGS[..], &[&room]].concat())
 }
 
 /// Reads the whole log; answers how many records there are.
@@ -89,7 +90,7 @@ async fn only_the_latest_record_of_each_key_stays_and_memory_is_flat() {
     let count = std::env::var("FELUCCA_COMPACTION_RECORDS").map_or(200_000, |count| count.parse().unwrap());
     let keys = count / 4;
     let dir = tempfile::tempdir().unwrap();
-    let mut broker = start(dir.path(), "127.0.0.1:0");
+    let mut broker = start(dir.path(), "127.0.0.1:0", count);
     let address = broker.address().to_string();
     let client = Client::connect(&address).await.unwrap();
     client.admin().create_topic("state", 1, TOPIC).await.unwrap();
@@ -113,7 +114,7 @@ async fn only_the_latest_record_of_each_key_stays_and_memory_is_flat() {
         if offset % (count / 4) == count / 8 {
             peak = peak.max(broker.peak_bytes());
             broker.kill();
-            broker = start(dir.path(), &address);
+            broker = start(dir.path(), &address, count);
         }
     }
     producer.flush().await.unwrap();
@@ -130,7 +131,7 @@ async fn only_the_latest_record_of_each_key_stays_and_memory_is_flat() {
     peak = peak.max(broker.peak_bytes());
     assert!(peak < MOST_MEMORY, "{} MiB", peak >> 20);
     broker.kill();
-    broker = start(dir.path(), &address);
+    broker = start(dir.path(), &address, count);
     check(&client, count, &latest).await;
     assert!(broker.stop());
 }
