@@ -26,7 +26,11 @@ const SETTLED: Duration = Duration::from_secs(1);
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// What a broker may send in one frame.
 const MAX_INCOMING_FRAME: u32 = 128 << 20;
-const READ_BUFFER: usize = 256 << 10;
+/// Room made for a read. Records stay where they were read to, so what was made for much and got little would be kept for it.
+const LEAST_READ: usize = 16 << 10;
+const MOST_READ: usize = 256 << 10;
+/// What is gathered before it is written.
+const WRITE_BUFFER: usize = 256 << 10;
 /// Payloads of this size and more are written from where they are.
 const COPY_LIMIT: usize = 8 << 10;
 /// Frames taken from the queue at a time.
@@ -97,7 +101,7 @@ async fn connect(address: &str, client_name: &str) -> Result<Connected> {
         authentication: None,
     };
     writer.write_all(&Outgoing::request(Api::Hello, 0, &hello, Vec::new()).head).await.map_err(failed)?;
-    let mut buffer = BytesMut::with_capacity(READ_BUFFER);
+    let mut buffer = BytesMut::with_capacity(LEAST_READ);
     let frame = loop {
         if let Some(frame) = decode(&mut buffer)? {
             break frame;
@@ -128,6 +132,7 @@ async fn serve(shared: &Shared, connected: Connected, number: u64, gone: &mut mp
     shared.open(Session { number, welcome: Arc::new(welcome) }, outgoing.clone());
     let mut keepalive = tokio::time::interval(session_timeout / 3);
     let mut heard = Instant::now();
+    let mut read_size = LEAST_READ;
     loop {
         loop {
             match decode(&mut buffer) {
@@ -136,8 +141,10 @@ async fn serve(shared: &Shared, connected: Connected, number: u64, gone: &mut mp
                 Err(error) => return Stop::Lost(error),
             }
         }
-        if buffer.capacity() - buffer.len() < READ_BUFFER / 4 {
-            buffer.reserve(READ_BUFFER);
+        let mut room = buffer.capacity() - buffer.len();
+        if room < read_size / 4 {
+            buffer.reserve(read_size);
+            room = buffer.capacity() - buffer.len();
         }
         tokio::select! {
             _ = gone.recv() => {
@@ -149,7 +156,10 @@ async fn serve(shared: &Shared, connected: Connected, number: u64, gone: &mut mp
             }
             read = reader.read_buf(&mut buffer) => match read {
                 Ok(0) => return Stop::Lost(Error::Disconnected),
-                Ok(_) => heard = Instant::now(),
+                Ok(read) => {
+                    heard = Instant::now();
+                    read_size = next_read_size(read_size, room, read);
+                }
                 Err(error) => return Stop::Lost(Error::Connect(error.to_string())),
             },
             written = &mut writing.0 => {
@@ -164,6 +174,19 @@ async fn serve(shared: &Shared, connected: Connected, number: u64, gone: &mut mp
             }
         }
     }
+}
+
+/// Room to make for reads after one that had `room` and brought `read` bytes: more when it was full, less when it was nearly
+/// empty.
+fn next_read_size(size: usize, room: usize, read: usize) -> usize {
+    let next = if read >= room {
+        size * 2
+    } else if read < size / 8 {
+        size / 2
+    } else {
+        size
+    };
+    next.clamp(LEAST_READ, MOST_READ)
 }
 
 /// The writing task; ends with the connection.
@@ -202,7 +225,7 @@ async fn write_frames(
                 gathered.clear();
             }
         }
-        if gathered.len() >= READ_BUFFER {
+        if gathered.len() >= WRITE_BUFFER {
             writer.write_all(gathered).await?;
             gathered.clear();
         }
@@ -221,5 +244,25 @@ async fn write_both(writer: &mut OwnedWriteHalf, first: &[u8], second: &[u8]) ->
         writer.write_all(second).await
     } else {
         writer.write_all(&second[written - first.len()..]).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_for_reads_follows_what_they_bring() {
+        let mut size = LEAST_READ;
+        for _ in 0..10 {
+            size = next_read_size(size, size, size);
+        }
+        assert_eq!(size, MOST_READ);
+        assert_eq!(next_read_size(size, size, size / 4), size, "less, and enough");
+        for _ in 0..10 {
+            size = next_read_size(size, size, 100);
+        }
+        assert_eq!(size, LEAST_READ);
+        assert_eq!(next_read_size(size, 5_000, 5_000), size * 2, "what was left was full");
     }
 }

@@ -144,10 +144,13 @@ impl Stage<'_> {
     }
 
     async fn fixed_bug(mut self) -> anyhow::Result<()> {
-        let given_up = self.purchases.iter().filter(|purchase| self.expected.is_mended(purchase)).count() as u64;
+        let given_up =
+            self.purchases.iter().filter(|purchase| self.expected.is_mended(purchase)).count() as u64;
         let all = self.purchases.len();
         let dead = self.progress.wait_for(|now| now.settled() == all).await?.dead_lettered;
-        super::say(&format!("{dead} orders are dead letters, {given_up} of them because of a bug; it is mended"));
+        super::say(&format!(
+            "{dead} orders are dead letters, {given_up} of them because of a bug; it is mended"
+        ));
         self.fleet.deploy_fix().await?;
         let admin = self.client.admin();
         let redriven =
