@@ -25,7 +25,7 @@ use crate::{database, order, payment, topology};
 
 /// What needs no retry takes far less.
 const SOON: Duration = Duration::from_secs(10);
-const LONG: Duration = Duration::from_mins(5);
+const LONG: Duration = Duration::from_mins(3);
 
 /// A shop with its services and their files.
 struct Shop {

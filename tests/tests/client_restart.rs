@@ -27,7 +27,7 @@ struct Broker {
 
 enum Running {
     /// Ends in order.
-    Server(Server, Duration),
+    Server(Box<Server>, Duration),
     /// Is killed.
     Process(BrokerProcess),
     Stopped,
@@ -35,10 +35,10 @@ enum Running {
 
 const SESSION: Duration = Duration::from_secs(10);
 
-async fn serve(dir: &Path, listen: SocketAddr, session_timeout: Duration) -> Server {
+async fn serve(dir: &Path, listen: SocketAddr, session_timeout: Duration) -> Box<Server> {
     let settings =
         ServerSettings { data_dir: dir.to_owned(), listen, session_timeout, ..ServerSettings::default() };
-    Server::start(settings).await.unwrap()
+    Box::new(Server::start(settings).await.unwrap())
 }
 
 impl Broker {
