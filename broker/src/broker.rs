@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use felucca_protocol::batch::{self, BatchLimits};
+use tokio::sync::Notify;
 use tokio::sync::oneshot::Receiver;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -62,6 +63,7 @@ struct Inner {
     status: Arc<StatusBoard>,
     next_subscription: AtomicU64,
     next_connection: AtomicU64,
+    redrives: Notify,
     stopping: CancellationToken,
 }
 
@@ -83,6 +85,7 @@ impl Broker {
             status,
             next_subscription: AtomicU64::new(1),
             next_connection: AtomicU64::new(1),
+            redrives: Notify::new(),
             stopping: CancellationToken::new(),
         };
         Self { inner: Arc::new(inner) }
@@ -265,6 +268,16 @@ impl Broker {
         let (group, topic) = (group.to_owned(), topic.to_owned());
         let command = Command::SeekGroup { group, topic, positions, force };
         self.call(command).await.map(drop)
+    }
+
+    /// A redrive was begun or altered: who carries them out should look.
+    pub(crate) fn note_redrives_changed(&self) {
+        self.inner.redrives.notify_one();
+    }
+
+    /// Returns when redrives have changed since the last call.
+    pub(crate) async fn redrives_changed(&self) {
+        self.inner.redrives.notified().await;
     }
 
     /// Returns when the broker begins to stop: nothing new is to be begun then.

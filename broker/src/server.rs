@@ -13,6 +13,7 @@ use tokio::runtime::Handle;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::broker::{Broker, BrokerLimits};
 use crate::cleaner::{Cleaner, CleanerOptions};
@@ -22,6 +23,7 @@ use crate::environment::Environment;
 use crate::journal::JournalOptions;
 use crate::listener::native::{NativeListener, NativeSettings};
 use crate::log::{LogOptions, ScrubOptions};
+use crate::redrive;
 use crate::settings::ServerSettings;
 use crate::shard::{
     self, CheckpointOptions, Gate, ReferenceOptions, RoomOptions, Running, ShardOptions, StartError,
@@ -91,6 +93,7 @@ pub struct Server {
     cleaner: Option<Cleaner>,
     ended: CancellationToken,
     listener: JoinHandle<()>,
+    _redrives: AbortOnDropHandle<()>,
     patience: Duration,
     lock: Option<DirLock>,
 }
@@ -165,6 +168,7 @@ impl Server {
         Ok(Self {
             address,
             listener: tokio::spawn(listener.run(broker.clone())),
+            _redrives: AbortOnDropHandle::new(tokio::spawn(redrive::run(broker.clone()))),
             broker,
             environment,
             ended: running.ended.clone(),

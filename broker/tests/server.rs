@@ -149,13 +149,8 @@ async fn leased_records_are_pushed_and_settled() {
     let letter = batch::records(&payload).unwrap().next().unwrap().unwrap();
     assert_eq!(letter.value.as_deref(), Some(&b"value 1"[..]));
     assert!(letter.headers.iter().any(|header| header.name == "__dlq.errors.reason"));
-    let redrive = msg::Redrive {
-        group: "payment".to_owned(),
-        source_topic: "orders".to_owned(),
-        target: msg::RedriveTarget::Group.into(),
-    };
-    let done: msg::RedriveReply = client.call(Api::Redrive, &redrive).await.unwrap();
-    assert_eq!((done.redriven, done.refused), (1, 0));
+    let done = client.redrive("payment", "orders", msg::RedriveTarget::Group).await;
+    assert_eq!((done.moved, done.refused), (1, 0));
     client.send(Api::Credit, &msg::Credit { subscription: 9, records: 10, bytes: 1 << 20 }, &[]);
     client.flush().await;
     let mut values = Vec::new();
@@ -186,13 +181,8 @@ async fn a_letter_that_was_redriven_too_often_stays() {
     let (leases, _) = client.leased(9).await;
     client.settle("payment", "m-1", &leases, &[msg::Outcome::Reject; 2]).await;
     client.dead_letters("payment", 2).await;
-    let redrive = msg::Redrive {
-        group: "payment".to_owned(),
-        source_topic: "orders".to_owned(),
-        target: msg::RedriveTarget::Source.into(),
-    };
-    let done: msg::RedriveReply = client.call(Api::Redrive, &redrive).await.unwrap();
-    assert_eq!((done.redriven, done.refused), (1, 1));
+    let done = client.redrive("payment", "orders", msg::RedriveTarget::Source).await;
+    assert_eq!((done.moved, done.refused), (1, 1));
     client.dead_letters("payment", 1).await;
     let (reply, _) = client.fetch(&topic, 0, 2, 0).await;
     assert_eq!(reply.high_watermark, 3);
@@ -216,13 +206,8 @@ async fn many_letters_are_redriven_each_once() {
         client.settle("payment", "m-1", &leases, &vec![msg::Outcome::Reject; leases.len()]).await;
     }
     client.dead_letters("payment", LETTERS.into()).await;
-    let redrive = msg::Redrive {
-        group: "payment".to_owned(),
-        source_topic: "orders".to_owned(),
-        target: msg::RedriveTarget::Source.into(),
-    };
-    let done: msg::RedriveReply = client.call(Api::Redrive, &redrive).await.unwrap();
-    assert_eq!((done.redriven, done.refused), (LETTERS.into(), 0));
+    let done = client.redrive("payment", "orders", msg::RedriveTarget::Source).await;
+    assert_eq!((done.moved, done.refused), (LETTERS.into(), 0));
     let (reply, _) = client.fetch(&topic, 0, 0, 0).await;
     assert_eq!(reply.high_watermark, 2 * u64::from(LETTERS));
     server.shutdown().await;

@@ -1,17 +1,24 @@
 //! Topics, groups and dead letters.
 
+use std::time::Duration;
+
 use bytes::Bytes;
-use felucca_protocol::{Api, message};
+use felucca_protocol::{Api, ErrorCode, message};
 
 pub use felucca_protocol::message::{
     BrokerCondition, DamagedRange, DeadLetterTopic, DescribeBrokerReply as BrokerDescription,
     DescribeGroupReply as GroupDescription, GroupKind, GroupListing, GroupMember, GroupOutage,
-    GroupPartition, PartitionOffsets, RedriveTarget, ShareAlarm, TopicKind,
+    GroupPartition, PartitionOffsets, RedriveAction,
+    RedriveReply as Redrive, RedriveSpec, RedriveState, RedriveTarget, ShareAlarm, TopicKind,
 };
 
 use crate::client::Client;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::link::missing;
+
+/// Pauses between two looks at a redrive that is waited for.
+const FIRST_LOOK: Duration = Duration::from_millis(10);
+const LAST_LOOK: Duration = Duration::from_secs(1);
 
 /// A topic.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -429,19 +436,87 @@ impl Admin {
         Ok(reply.topics)
     }
 
-    /// Hands the dead letters of a group and source topic out again, to the group only or to all readers of the topic. May
-    /// take as long as there are dead letters; repeating it after an error goes on where it stood.
+    /// Hands the dead letters of a group and source topic out again, to the group only or to all readers of the topic, and waits
+    /// until that is done, for as long as there are dead letters. When the future is dropped the redrive goes on.
     ///
     /// # Errors
-    /// There is no such dead-letter topic.
+    /// There is no such dead-letter topic; or the redrive failed or was cancelled.
     pub async fn redrive(&self, group: &str, topic: &str, target: RedriveTarget) -> Result<Redriven> {
-        let request = message::Redrive {
+        let id = uuid::Uuid::new_v4().to_string();
+        let spec = RedriveSpec {
             group: group.to_owned(),
             source_topic: topic.to_owned(),
             target: target.into(),
+            ..RedriveSpec::default()
         };
-        let reply: message::RedriveReply = self.change(Api::Redrive, &request).await?;
-        Ok(Redriven { redriven: reply.redriven, refused: reply.refused })
+        self.start_redrive(&id, spec).await?;
+        self.finished_redrive(&id).await
+    }
+
+    /// Begins a redrive, which the broker carries out by itself, also over restarts. The same call with the same id is the same
+    /// redrive: it may be repeated. Ids are names like those of topics.
+    ///
+    /// # Errors
+    /// There is no such dead-letter topic or target, the id is that of another redrive, or too many are open.
+    pub async fn start_redrive(&self, id: &str, spec: RedriveSpec) -> Result<Redrive> {
+        let request = message::Redrive { id: id.to_owned(), spec: Some(spec), dry_run: false };
+        self.look(Api::Redrive, &request).await
+    }
+
+    /// Says what a redrive would move, and moves nothing.
+    ///
+    /// # Errors
+    /// There is no such dead-letter topic or target, or the letters cannot be read.
+    pub async fn preview_redrive(&self, spec: RedriveSpec) -> Result<Redrive> {
+        let request = message::Redrive { id: String::new(), spec: Some(spec), dry_run: true };
+        self.look(Api::Redrive, &request).await
+    }
+
+    /// Redrives of one group or of all: those that are open, and the last thousand that have ended.
+    ///
+    /// # Errors
+    /// The broker could not be asked.
+    pub async fn redrives(&self, group: Option<&str>) -> Result<Vec<Redrive>> {
+        let request = message::ListRedrives { group: group.unwrap_or_default().to_owned() };
+        let reply: message::ListRedrivesReply = self.look(Api::ListRedrives, &request).await?;
+        Ok(reply.redrives)
+    }
+
+    /// Pauses, resumes or cancels a redrive. What it has moved stays moved.
+    ///
+    /// # Errors
+    /// There is no such redrive, or it has ended.
+    pub async fn alter_redrive(&self, id: &str, action: RedriveAction) -> Result<Redrive> {
+        let request = message::AlterRedrive { id: id.to_owned(), action: action.into() };
+        self.look(Api::AlterRedrive, &request).await
+    }
+
+    /// Waits until a redrive has ended, however long that takes. Cancellation safe.
+    ///
+    /// # Errors
+    /// There is no such redrive, or it failed or was cancelled.
+    pub async fn finished_redrive(&self, id: &str) -> Result<Redriven> {
+        let mut pause = FIRST_LOOK;
+        loop {
+            let found = self.redrives(None).await?.into_iter().find(|redrive| redrive.id == id);
+            let Some(redrive) = found else {
+                return Err(Error::broker(ErrorCode::InvalidRequest, format!("there is no redrive {id:?}")));
+            };
+            let ended = |why: &str| {
+                let text = format!("redrive {id:?} {why} after {} letters", redrive.moved);
+                Err(Error::broker(ErrorCode::InvalidRequest, text))
+            };
+            match redrive.state() {
+                RedriveState::Done => {
+                    return Ok(Redriven { redriven: redrive.moved, refused: redrive.refused });
+                }
+                RedriveState::Cancelled => return ended("was cancelled"),
+                RedriveState::Failed => return ended(&format!("failed ({})", redrive.failure)),
+                RedriveState::Running | RedriveState::Paused | RedriveState::Unspecified => {}
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LAST_LOOK);
+        }
     }
 
     /// Drops the dead letters of a group and source topic; answers how many.

@@ -78,6 +78,10 @@ pub enum Api {
     Redrive = 61,
     /// `PurgeDeadLetters` → `PurgeDeadLettersReply`
     PurgeDeadLetters = 62,
+    /// `ListRedrives` → `ListRedrivesReply`
+    ListRedrives = 63,
+    /// `AlterRedrive` → `RedriveReply`
+    AlterRedrive = 64,
 }
 
 /// The number names no request or push of this version.
@@ -87,7 +91,7 @@ pub struct UnknownApi(pub u8);
 
 impl Api {
     /// Every request and push, ascending by number.
-    pub const ALL: [Self; 36] = [
+    pub const ALL: [Self; 38] = [
         Self::Hello,
         Self::Ping,
         Self::Metadata,
@@ -124,6 +128,8 @@ impl Api {
         Self::ListDeadLetters,
         Self::Redrive,
         Self::PurgeDeadLetters,
+        Self::ListRedrives,
+        Self::AlterRedrive,
     ];
 }
 

@@ -1,7 +1,7 @@
 //! The engine's state as rows of a checkpoint, and back.
 //!
 //! A row's key is one tag byte and then what names it, so that rows restored in the order of their keys find what they refer
-//! to: meta, topics, partitions, groups, consumer groups, share partitions.
+//! to: meta, topics, partitions, groups, consumer groups, share partitions, redrives.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use prost::Message;
 use super::catalog::Topic;
 use super::config::to_entries;
 use super::consumer_group::ConsumerGroup;
-use super::event::{ConsumerRow, GroupRow, MetaRow, PartitionRow, ShareRow, TopicRow};
+use super::event::{ConsumerRow, GroupRow, MetaRow, PartitionRow, RedriveRow, ShareRow, TopicRow};
 use super::partition::Partition;
 use super::share::state::ShareState;
 use super::stage::RowKey;
@@ -26,6 +26,7 @@ const PARTITION: u8 = 2;
 const GROUP: u8 = 3;
 const CONSUMER: u8 = 4;
 const SHARE: u8 = 5;
+const REDRIVE: u8 = 6;
 
 impl RowKey {
     fn to_bytes(&self) -> Vec<u8> {
@@ -57,6 +58,10 @@ impl RowKey {
                 put_partition(&mut bytes, key);
                 bytes.extend_from_slice(name.as_bytes());
             }
+            Self::Redrive(id) => {
+                bytes.push(REDRIVE);
+                bytes.extend_from_slice(id.as_bytes());
+            }
         }
         bytes
     }
@@ -81,7 +86,8 @@ impl Engine {
             .iter()
             .flat_map(|(name, group)| group.partitions().keys().map(|key| RowKey::Share(name.clone(), *key)));
         let all = [RowKey::Meta].into_iter().chain(topics).chain(partitions).chain(groups);
-        let all = all.chain(consumers).chain(shares);
+        let redrives = self.redrives.keys().map(|id| RowKey::Redrive(id.clone()));
+        let all = all.chain(consumers).chain(shares).chain(redrives);
         all.filter_map(|key| Some((key.to_bytes(), self.row_value(&key)?))).collect()
     }
 
@@ -103,6 +109,7 @@ impl Engine {
                 };
                 row.encode_to_vec()
             }),
+            RowKey::Redrive(id) => self.redrives.get(id).map(Message::encode_to_vec),
             RowKey::Consumer(name) => {
                 self.consumers.get(name).map(|group| group.to_row(name).encode_to_vec())
             }
@@ -139,6 +146,10 @@ impl Engine {
             Some(&CONSUMER) => {
                 let row = ConsumerRow::decode(value).map_err(failed)?;
                 self.consumers.insert(Arc::from(row.group.as_str()), ConsumerGroup::from_row(&row));
+            }
+            Some(&REDRIVE) => {
+                let row = RedriveRow::decode(value).map_err(failed)?;
+                self.redrives.insert(Arc::from(row.id.as_str()), row);
             }
             Some(&SHARE) => {
                 let row = ShareRow::decode(value).map_err(failed)?;

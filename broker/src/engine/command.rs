@@ -5,6 +5,7 @@ use felucca_protocol::batch::BatchHeader;
 
 use super::cleaning::Replacement;
 use super::error::EngineError;
+use super::event::RedriveSpec;
 use super::types::{LeaseId, Level, PartitionKey, SubscriptionId, TopicId};
 
 /// A validated record batch (CRC and structure were checked by the listener) whose base offset is still to be assigned.
@@ -32,6 +33,15 @@ pub enum HeldFate {
     Release,
     /// Settled as discarded.
     Discard,
+}
+
+/// What is done with a redrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RedriveAction {
+    Pause,
+    /// Goes on where it was paused, or failed.
+    Resume,
+    Cancel,
 }
 
 /// Where a consumer or share group is moved to. `Timestamp` is resolved to an offset by the caller.
@@ -223,6 +233,47 @@ pub enum Command {
     ListDeadLetters {
         group: Option<String>,
     },
+    /// Begins a redrive; the same again is the same redrive.
+    StartRedrive {
+        id: String,
+        spec: Box<RedriveSpec>,
+    },
+    /// What a redrive would be; begins none.
+    PlanRedrive {
+        spec: Box<RedriveSpec>,
+    },
+    AlterRedrive {
+        id: String,
+        action: RedriveAction,
+    },
+    ListRedrives {
+        group: Option<String>,
+    },
+    /// Moves the letters of a running redrive that were found in a partition of its dead-letter topic from its position there up to
+    /// `next`. Nothing is done when the redrive does not stand there.
+    MoveLetters {
+        id: String,
+        partition: u32,
+        from: u64,
+        next: u64,
+        /// Letters looked at, and those left because they were redriven too often.
+        examined: u64,
+        refused: u64,
+        /// Each with its offset; letters that somebody else has or has had are left out.
+        letters: Vec<(u64, AppendEntry)>,
+    },
+    /// A redrive cannot go on.
+    FailRedrive {
+        id: String,
+        failure: String,
+    },
+    /// Which of these letters are neither redriven nor purged nor leased; by their offsets in a partition.
+    PendingLetters {
+        group: String,
+        source_topic: String,
+        partition: u32,
+        offsets: Vec<u64>,
+    },
 
     // Share members.
     ShareSubscribe {
@@ -295,6 +346,9 @@ impl Command {
                 entries.iter().map(|entry| entry.batch.bytes.len()).sum()
             }
             Self::DeadLetterBuilt { letter: Ok(letter), .. } => letter.bytes.len(),
+            Self::MoveLetters { letters, .. } => {
+                letters.iter().map(|(_, entry)| entry.batch.bytes.len()).sum()
+            }
             _ => 0,
         }
     }

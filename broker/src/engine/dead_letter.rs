@@ -11,10 +11,10 @@ use super::types::TopicId;
 /// What every dead-letter header begins with.
 pub const PREFIX: &str = "__dlq.errors.";
 /// How often the record was redriven; kept on the redriven record, so that a loop is seen.
-pub const REDRIVE_COUNT: &str = "__dlq.errors.redrive.count";
+pub const REDRIVE_COUNT: &str = "redrive.count";
 
 /// `topic/partition/offset` of the record that it was at first; kept on the redriven record, so that the message keeps its name.
-pub const ORIGIN: &str = "__dlq.errors.origin";
+pub const ORIGIN: &str = "origin";
 
 /// What became of the record in the group that gave it up.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,8 +58,8 @@ pub fn build(record: &Record, context: &DeadLetterContext, topic_name: &str) -> 
         text("first.delivery.ms", context.first_delivery_ms.to_string()),
         text("last.delivery.ms", context.last_delivery_ms.to_string()),
         text("consumer", context.consumer.clone()),
-        (REDRIVE_COUNT.to_owned(), redrive_count(record).to_string()),
-        (ORIGIN.to_owned(), origin(record).unwrap_or(place)),
+        text(REDRIVE_COUNT, redrive_count(record).to_string()),
+        text(ORIGIN, origin(record).unwrap_or(place)),
     ];
     if !context.detail.is_empty() {
         added.push(text("detail", context.detail.clone()));
@@ -72,25 +72,26 @@ pub fn build(record: &Record, context: &DeadLetterContext, topic_name: &str) -> 
 /// The record that a redrive appends: the original, with nothing but the redrive count and its first place added.
 pub fn redriven(letter: &Record, wall_ms: i64) -> Result<BytesMut, BatchError> {
     let count = (redrive_count(letter) + 1).to_string();
-    let origin = origin(letter);
+    let mut added = vec![(format!("{PREFIX}{REDRIVE_COUNT}"), count)];
+    added.extend(origin(letter).map(|origin| (format!("{PREFIX}{ORIGIN}"), origin)));
     let mut headers = original_headers(letter);
-    headers.push((REDRIVE_COUNT, Some(count.as_bytes())));
-    headers.extend(origin.as_ref().map(|origin| (ORIGIN, Some(origin.as_bytes()))));
+    headers.extend(added.iter().map(|(name, value)| (name.as_str(), Some(value.as_bytes()))));
     rebuilt(letter, wall_ms, &headers)
 }
 
 /// How often the record behind a dead letter was redriven before.
 pub fn redrive_count(record: &Record) -> u32 {
-    header_text(record, REDRIVE_COUNT).and_then(|value| value.parse().ok()).unwrap_or(0)
+    header(record, REDRIVE_COUNT).and_then(|value| value.parse().ok()).unwrap_or(0)
+}
+
+/// The text of a header that a dead letter has beside the original's, by its name without the prefix.
+pub fn header<'a>(letter: &'a Record, name: &str) -> Option<&'a str> {
+    let header = letter.headers.iter().find(|header| header.name.strip_prefix(PREFIX) == Some(name));
+    header.and_then(|header| header.value.as_deref()).and_then(|value| std::str::from_utf8(value).ok())
 }
 
 fn origin(record: &Record) -> Option<String> {
-    header_text(record, ORIGIN).map(str::to_owned)
-}
-
-fn header_text<'a>(record: &'a Record, name: &str) -> Option<&'a str> {
-    let header = record.headers.iter().find(|header| header.name == name);
-    header.and_then(|header| header.value.as_deref()).and_then(|value| std::str::from_utf8(value).ok())
+    header(record, ORIGIN).map(str::to_owned)
 }
 
 fn original_headers(record: &Record) -> Vec<(&str, Option<&[u8]>)> {

@@ -218,6 +218,10 @@ pub enum Reply {
     Groups(Vec<GroupListing>),
     Group(GroupDescription),
     DeadLetters(Vec<DeadLetterInfo>),
+    Redrive(Box<super::event::RedriveRow>),
+    Redrives(Vec<super::event::RedriveRow>),
+    /// Offsets of letters, ascending.
+    PendingLetters(Vec<u64>),
     /// Where the log starts now.
     RecordsDeleted {
         log_start: u64,

@@ -104,6 +104,16 @@ impl Engine {
                 let name = group.name.clone();
                 self.desk.dirty.insert(RowKey::Group(name));
             }
+            Kind::RedriveNoted(row) => {
+                let id: std::sync::Arc<str> = row.id.as_str().into();
+                self.desk.dirty.insert(RowKey::Redrive(id.clone()));
+                self.redrives.insert(id, row.clone());
+            }
+            Kind::RedriveForgotten(event) => {
+                if let Some((id, _)) = self.redrives.remove_entry(event.id.as_str()) {
+                    self.desk.dirty.insert(RowKey::Redrive(id));
+                }
+            }
             Kind::OffsetsCommitted(event) => {
                 self.consumers.entry(event.group.as_str().into()).or_default().apply_offsets(&event.offsets);
                 self.desk.dirty.insert(RowKey::Consumer(event.group.as_str().into()));

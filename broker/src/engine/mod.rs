@@ -7,7 +7,7 @@
 //! Invariants: the state is a fold over the events ([`fold`]), live and on replay; events carry decided results, so replay
 //! decides nothing; what is derived (queues, timers, what is visible) is rebuilt by [`Engine::boot`].
 //!
-//! The way of a command: [`topics`], [`append`], [`retention`], [`members`] (consumer groups), [`groups`] (share groups) decide; [`share`]
+//! The way of a command: [`topics`], [`append`], [`retention`], [`members`] (consumer groups), [`groups`] (share groups), [`redrive`] decide; [`share`]
 //! holds what is particular to share groups; [`checkpoint`] turns state into rows and back.
 
 mod append;
@@ -25,6 +25,7 @@ mod fold;
 mod groups;
 mod members;
 mod partition;
+pub mod redrive;
 mod retention;
 pub mod share;
 mod stage;
@@ -44,7 +45,7 @@ use config::EngineSettings;
 use consumer_group::ConsumerGroup;
 use effect::{Advance, Effects, PendingReply, Reply, SegmentName};
 use error::{EngineError, NoRoom};
-use event::{Booted, EpochStarted, Event, MetaRow, Stopped, event::Kind};
+use event::{Booted, EpochStarted, Event, MetaRow, RedriveRow, Stopped, event::Kind};
 use partition::Partition;
 use prost::Message;
 use share::ShareGroup;
@@ -154,6 +155,7 @@ pub struct Engine {
     partitions: BTreeMap<PartitionKey, Partition>,
     groups: BTreeMap<Arc<str>, ShareGroup>,
     consumers: BTreeMap<Arc<str>, ConsumerGroup>,
+    redrives: BTreeMap<Arc<str>, RedriveRow>,
     subscriptions: BTreeMap<SubscriptionId, Arc<str>>,
     /// Share groups with subscriptions, by topic: the others need not be told of new records.
     awake: BTreeMap<TopicId, BTreeSet<Arc<str>>>,
@@ -186,6 +188,7 @@ impl Engine {
             partitions: BTreeMap::new(),
             groups: BTreeMap::new(),
             consumers: BTreeMap::new(),
+            redrives: BTreeMap::new(),
             subscriptions: BTreeMap::new(),
             awake: BTreeMap::new(),
             meta: MetaRow::default(),
@@ -409,6 +412,20 @@ impl Engine {
             Command::ListGroups => Ok(self.list_groups()),
             Command::DescribeGroup { group } => self.describe_group(now, &group),
             Command::ListDeadLetters { group } => Ok(self.list_dead_letters(group.as_deref())),
+            Command::StartRedrive { id, spec } => self.start_redrive(now, &id, *spec, out),
+            Command::PlanRedrive { spec } => {
+                self.plan_redrive(now, "", *spec).map(|row| Reply::Redrive(Box::new(row)))
+            }
+            Command::AlterRedrive { id, action } => self.alter_redrive(now, &id, action, out),
+            Command::ListRedrives { group } => Ok(self.list_redrives(group.as_deref())),
+            Command::MoveLetters { id, partition, from, next, examined, refused, letters } => {
+                let found = redrive::Found { partition, from, next, examined, refused, letters };
+                self.move_letters(now, lsn, &id, found, out)
+            }
+            Command::FailRedrive { id, failure } => self.fail_redrive(now, &id, failure, out),
+            Command::PendingLetters { group, source_topic, partition, offsets } => {
+                self.pending_letters(&group, &source_topic, partition, offsets)
+            }
             Command::ShareSubscribe { subscription, group, member, credit_records, credit_bytes, held } => {
                 let credit = (credit_records, credit_bytes);
                 self.share_subscribe(now, lsn, subscription, &group, &member, credit, &held, out)

@@ -21,6 +21,7 @@ pub(crate) enum RowKey {
     Consumer(Arc<str>),
     /// A share group on a partition.
     Share(Arc<str>, PartitionKey),
+    Redrive(Arc<str>),
 }
 
 /// What a timer is for; a timer that no longer matters is passed over when it fires.

@@ -329,6 +329,32 @@ impl Connection {
         self.call::<msg::SettleReply>(Api::Settle, &request).await.unwrap().results
     }
 
+    /// Redrives all letters of a group and source topic; answers how that ended.
+    pub(crate) async fn redrive(
+        &mut self,
+        group: &str,
+        source_topic: &str,
+        target: msg::RedriveTarget,
+    ) -> msg::RedriveReply {
+        let spec = msg::RedriveSpec {
+            group: group.to_owned(),
+            source_topic: source_topic.to_owned(),
+            target: target.into(),
+            ..Default::default()
+        };
+        let request = msg::Redrive { id: "all".to_owned(), spec: Some(spec), dry_run: false };
+        let ended = async {
+            loop {
+                let redrive: msg::RedriveReply = self.call(Api::Redrive, &request).await.unwrap();
+                if redrive.state() == msg::RedriveState::Done {
+                    return redrive;
+                }
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(PATIENCE, ended).await.expect("the redrive in time")
+    }
+
     /// The group's only dead-letter topic, once it has so many pending letters.
     pub(crate) async fn dead_letters(&mut self, group: &str, pending: u64) -> msg::DeadLetterTopic {
         let all = async {

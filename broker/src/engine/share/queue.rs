@@ -363,6 +363,11 @@ impl Queue {
         }
     }
 
+    /// Records, ascending, are settled without having been handed out.
+    pub(crate) fn take_out(&mut self, offsets: &[u64]) {
+        self.new.retain(|ready| offsets.binary_search(&ready.offset).is_err());
+    }
+
     /// The record came back and may be tried again at once.
     pub(crate) fn available(&mut self, state: &ShareState, offset: u64, slot: Option<u16>) {
         if offset >= self.scan_next {

@@ -7,15 +7,17 @@ use felucca_protocol::{Api, ErrorCode, message as wire};
 use prost::Message;
 
 use crate::broker::{Broker, BrokerError};
-use crate::engine::command::{FailureDetail, HeldFate, LeaseRef, Outcome, Settlement};
+use crate::engine::command::{FailureDetail, HeldFate, LeaseRef, Outcome, RedriveAction, Settlement};
 use crate::engine::effect::{
     Appended, DeadLetterInfo, GroupDescription, GroupKind, GroupListing, RecordState, Reply, SettleResult,
     SettleStatus, ShareAlarm, TopicInfo, TopicKind, Unreadable,
 };
 use crate::engine::error::EngineError;
+use crate::engine::event::{RedriveRow, RedriveSpec};
+use crate::engine::redrive::{state, target};
 use crate::engine::types::{LeaseId, Level, PartitionKey, TopicId};
 use crate::log::{Damage, ReadError};
-use crate::redrive::RedriveError;
+use crate::redrive::PurgeError;
 use crate::status::Condition;
 
 /// A request that cannot be carried out as it was sent.
@@ -91,11 +93,11 @@ pub(super) fn broker_error(error: &BrokerError) -> wire::Error {
     }
 }
 
-pub(super) fn redrive_error(error: &RedriveError) -> wire::Error {
+pub(super) fn purge_error(error: &PurgeError) -> wire::Error {
     match error {
-        RedriveError::Broker(error) => broker_error(error),
-        RedriveError::NoDeadLetters { .. } => wire::Error::new(ErrorCode::UnknownTopic, error.to_string()),
-        RedriveError::Stalled { .. } => wire::Error::new(ErrorCode::Timeout, error.to_string()),
+        PurgeError::Broker(error) => broker_error(error),
+        PurgeError::NoDeadLetters { .. } => wire::Error::new(ErrorCode::UnknownTopic, error.to_string()),
+        PurgeError::Stalled { .. } => wire::Error::new(ErrorCode::Timeout, error.to_string()),
     }
 }
 
@@ -130,6 +132,44 @@ pub(super) fn held_fate(fate: wire::HeldFate) -> Result<HeldFate, wire::Error> {
         wire::HeldFate::Release => Ok(HeldFate::Release),
         wire::HeldFate::Discard => Ok(HeldFate::Discard),
         wire::HeldFate::Unspecified => Err(invalid("the request does not say what becomes of held records")),
+    }
+}
+
+pub(super) fn redrive_spec(spec: Option<wire::RedriveSpec>) -> Result<RedriveSpec, wire::Error> {
+    let spec = spec.ok_or_else(|| invalid("the request does not say what is to be redriven"))?;
+    let target = match wire::RedriveTarget::try_from(spec.target) {
+        Ok(wire::RedriveTarget::Group) => target::GROUP,
+        Ok(wire::RedriveTarget::Source) => target::SOURCE,
+        Ok(wire::RedriveTarget::Topic) => target::TOPIC,
+        Err(_) => return Err(invalid(format!("unknown redrive target {}", spec.target))),
+    };
+    Ok(RedriveSpec {
+        group: spec.group,
+        source_topic: spec.source_topic,
+        target,
+        topic: spec.topic,
+        class: spec.class,
+        reason: spec.reason,
+        key: spec.key.map(|key| key.to_vec()),
+        from_ms: spec.from_ms,
+        until_ms: spec.until_ms,
+        partition: spec.partition,
+        from_offset: spec.from_offset,
+        until_offset: spec.until_offset,
+        limit: spec.limit,
+        rate: spec.rate,
+        force: spec.force,
+    })
+}
+
+pub(super) fn redrive_action(action: wire::RedriveAction) -> Result<RedriveAction, wire::Error> {
+    match action {
+        wire::RedriveAction::Pause => Ok(RedriveAction::Pause),
+        wire::RedriveAction::Resume => Ok(RedriveAction::Resume),
+        wire::RedriveAction::Cancel => Ok(RedriveAction::Cancel),
+        wire::RedriveAction::Unspecified => {
+            Err(invalid("the request does not say what is to be done with the redrive"))
+        }
     }
 }
 
@@ -223,6 +263,10 @@ pub(super) fn encode_reply(buffer: &mut BytesMut, api: u8, correlation: u64, rep
                 topics: infos.into_iter().map(dead_letter_topic).collect(),
             });
         }
+        Reply::Redrive(row) => put.message(&redrive(*row)),
+        Reply::Redrives(rows) => {
+            put.message(&wire::ListRedrivesReply { redrives: rows.into_iter().map(redrive).collect() });
+        }
         Reply::Kicked { records } => put.message(&wire::KickGroupReply { records }),
         Reply::HeldEnded { records, more } => put.message(&wire::EndHeldReply { records, more }),
         Reply::Settled(results) => {
@@ -231,8 +275,8 @@ pub(super) fn encode_reply(buffer: &mut BytesMut, api: u8, correlation: u64, rep
         Reply::Completed { result, base_offsets } => {
             put.message(&wire::CompleteReply { result: Some(settle_result(result)), base_offsets });
         }
-        // For the cleaner only: no request asks for it.
-        Reply::Cleaning(_) => put.error(&wire::Error::new(ErrorCode::Internal, "not an answer to a request")),
+        // For the cleaner and for redrives only: no request asks for it.
+        Reply::Cleaning(_) | Reply::PendingLetters(_) => put.error(&wire::Error::new(ErrorCode::Internal, "not an answer to a request")),
         Reply::Error(error) => put.error(&engine_error(&error)),
     }
 }
@@ -372,6 +416,53 @@ pub(super) fn group_description(
             .outage
             .map(|outage| wire::GroupOutage { limit: outage.limit, next_probe_ms: outage.next_probe_ms }),
         corrupt: description.corrupt.unwrap_or_default(),
+    }
+}
+
+/// How a redrive stands.
+pub(super) fn redrive(row: RedriveRow) -> wire::RedriveReply {
+    let left = row.left();
+    let spec = row.spec.unwrap_or_default();
+    let target = match spec.target {
+        target::SOURCE => wire::RedriveTarget::Source,
+        target::TOPIC => wire::RedriveTarget::Topic,
+        _ => wire::RedriveTarget::Group,
+    };
+    let state = match row.state {
+        state::RUNNING => wire::RedriveState::Running,
+        state::PAUSED => wire::RedriveState::Paused,
+        state::DONE => wire::RedriveState::Done,
+        state::CANCELLED => wire::RedriveState::Cancelled,
+        state::FAILED => wire::RedriveState::Failed,
+        _ => wire::RedriveState::Unspecified,
+    };
+    wire::RedriveReply {
+        id: row.id,
+        spec: Some(wire::RedriveSpec {
+            group: spec.group,
+            source_topic: spec.source_topic,
+            target: target.into(),
+            topic: spec.topic,
+            class: spec.class,
+            reason: spec.reason,
+            key: spec.key.map(Bytes::from),
+            from_ms: spec.from_ms,
+            until_ms: spec.until_ms,
+            partition: spec.partition,
+            from_offset: spec.from_offset,
+            until_offset: spec.until_offset,
+            limit: spec.limit,
+            rate: spec.rate,
+            force: spec.force,
+        }),
+        state: state.into(),
+        failure: row.failure,
+        examined: row.examined,
+        moved: row.moved,
+        refused: row.refused,
+        left,
+        created_ms: row.created_ms,
+        changed_ms: row.changed_ms,
     }
 }
 

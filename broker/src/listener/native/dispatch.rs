@@ -261,6 +261,11 @@ impl Dispatcher {
                 let topic = Some(request.topic).filter(|topic| !topic.is_empty());
                 Command::EndHeld { group: request.group, topic, fate }
             }
+            Api::ListRedrives => {
+                let group = decode::<wire::ListRedrives>(&frame)?.group;
+                Command::ListRedrives { group: Some(group).filter(|group| !group.is_empty()) }
+            }
+            Api::AlterRedrive => return self.alter_redrive(correlation, decode(&frame)?),
             Api::ListGroups => Command::ListGroups,
             Api::ListDeadLetters => {
                 let group = decode::<wire::ListDeadLetters>(&frame)?.group;

@@ -41,6 +41,11 @@ impl SharePartition {
         (self.state.leases().len() + self.state.exceptions().len()) as u64 >= TRICKLE
     }
 
+    /// Whether a record is undecided and nobody has leased it.
+    pub(crate) fn is_pending(&self, offset: u64) -> bool {
+        !self.state.is_settled(offset) && self.state.lease(offset).is_none()
+    }
+
     /// What of it is full, so that nothing new is handed out.
     pub(crate) fn alarms(&self, settings: &EngineSettings) -> Vec<ShareAlarm> {
         let state = &self.state;

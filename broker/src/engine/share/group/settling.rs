@@ -83,6 +83,14 @@ impl ShareGroup {
         self.commit_changes(stage, record.partition, vec![record.offset], Vec::new());
     }
 
+    /// Settles records of the partition that nobody has leased: they were moved elsewhere in this frame.
+    pub(crate) fn take_out(&mut self, stage: &mut Stage<'_>, key: PartitionKey, offsets: Vec<u64>) {
+        if let Some(partition) = self.partitions.get_mut(&key) {
+            partition.queue.take_out(&offsets);
+        }
+        self.commit_changes(stage, key, offsets, Vec::new());
+    }
+
     // ---- Dead letters ----
 
     /// Asks for the dead letters of exhausted records, as many as may be in the making.

@@ -9,10 +9,11 @@ use super::super::convert::{self, invalid};
 use super::super::outbox::OutFrame;
 use super::super::subscription::Fetch;
 use super::{Dispatcher, Next};
-use crate::broker::SeekTarget;
-use crate::engine::command::SeekTo;
+use crate::broker::{BrokerError, SeekTarget};
+use crate::engine::command::{Command, SeekTo};
+use crate::engine::effect::Reply;
 use crate::engine::types::PartitionKey;
-use crate::redrive::{self, RedriveTarget};
+use crate::redrive;
 
 /// Requests of one connection that may run beside it at a time.
 const MAX_TASKS: usize = 256;
@@ -113,16 +114,41 @@ impl Dispatcher {
     }
 
     pub(super) fn redrive(&mut self, correlation: u64, request: wire::Redrive) -> Result<Next, wire::Error> {
-        let target = match wire::RedriveTarget::try_from(request.target) {
-            Ok(wire::RedriveTarget::Group) => RedriveTarget::Group,
-            Ok(wire::RedriveTarget::Source) => RedriveTarget::Source,
-            Err(_) => return Err(invalid(format!("unknown redrive target {}", request.target))),
-        };
+        let spec = Box::new(convert::redrive_spec(request.spec)?);
+        let (id, dry_run) = (request.id, request.dry_run);
         let broker = self.broker.clone();
         self.answer_later(Api::Redrive, correlation, async move {
-            let done = redrive::redrive(&broker, &request.group, &request.source_topic, target).await;
-            let done = done.map_err(|error| convert::redrive_error(&error))?;
-            Ok(wire::RedriveReply { redriven: done.redriven, refused: done.refused })
+            let failed = |error| convert::broker_error(&error);
+            let command =
+                if dry_run { Command::PlanRedrive { spec } } else { Command::StartRedrive { id, spec } };
+            let Reply::Redrive(mut row) = broker.call(command).await.map_err(failed)? else {
+                return Err(failed(BrokerError::Unexpected("Redrive")));
+            };
+            if dry_run {
+                let seen = redrive::preview(&broker, &row).await.map_err(failed)?;
+                (row.examined, row.moved, row.refused) = (seen.examined, seen.moved, seen.refused);
+            } else {
+                broker.note_redrives_changed();
+            }
+            Ok(convert::redrive(*row))
+        })
+    }
+
+    pub(super) fn alter_redrive(
+        &mut self,
+        correlation: u64,
+        request: wire::AlterRedrive,
+    ) -> Result<Next, wire::Error> {
+        let action = convert::redrive_action(request.action())?;
+        let broker = self.broker.clone();
+        self.answer_later(Api::AlterRedrive, correlation, async move {
+            let failed = |error| convert::broker_error(&error);
+            let command = Command::AlterRedrive { id: request.id, action };
+            let Reply::Redrive(row) = broker.call(command).await.map_err(failed)? else {
+                return Err(failed(BrokerError::Unexpected("AlterRedrive")));
+            };
+            broker.note_redrives_changed();
+            Ok(convert::redrive(*row))
         })
     }
 
@@ -134,7 +160,7 @@ impl Dispatcher {
         let broker = self.broker.clone();
         self.answer_later(Api::PurgeDeadLetters, correlation, async move {
             let purged = redrive::purge(&broker, &request.group, &request.source_topic).await;
-            let purged = purged.map_err(|error| convert::redrive_error(&error))?;
+            let purged = purged.map_err(|error| convert::purge_error(&error))?;
             Ok(wire::PurgeDeadLettersReply { purged })
         })
     }

@@ -1,15 +1,18 @@
-//! `felucca dlq`: dead-letter topics.
+//! `felucca dlq`: dead-letter topics. [`redrive`] has what gives their letters another chance.
+
+mod redrive;
 
 use std::io::Write;
 
 use anyhow::bail;
-use clap::{Args, Subcommand, ValueEnum};
-use felucca_client::{Client, DeadLetterTopic, RedriveTarget};
+use clap::{Args, Subcommand};
+use felucca_client::{Client, DeadLetterTopic};
+use redrive::{Jobs, Redrive};
 use serde::Serialize;
 
-use super::consume;
-use super::output::{Column, Format, print_json, print_line, print_table};
-use super::record;
+use crate::cli::consume;
+use crate::cli::output::{Column, Format, print_json, print_line, print_table};
+use crate::cli::record;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Dlq {
@@ -31,18 +34,11 @@ pub(super) enum Dlq {
         #[arg(long, value_name = "N")]
         count: Option<u64>,
     },
-    /// Give every waiting dead letter another chance
-    #[command(after_help = "\
-Examples:
-  felucca dlq redrive dlq.payment.orders
-  felucca dlq redrive --group payment --to source")]
-    Redrive {
-        #[command(flatten)]
-        which: Which,
-        /// Who sees the records again: the failing group only, or all readers of the source topic
-        #[arg(long, value_enum, default_value_t = Target::Group, value_name = "TARGET")]
-        to: Target,
-    },
+    /// Give dead letters another chance: all that wait, or those that a filter chooses
+    Redrive(Redrive),
+    /// List redrives, pause, resume and cancel them
+    #[command(subcommand)]
+    Jobs(Jobs),
     /// Drop every waiting dead letter
     #[command(after_help = "Example:\n  felucca dlq purge dlq.payment.orders")]
     Purge {
@@ -62,12 +58,6 @@ pub(super) struct Which {
     group: Option<String>,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(super) enum Target {
-    Group,
-    Source,
-}
-
 #[derive(Serialize)]
 struct Listed<'a> {
     topic: &'a str,
@@ -80,13 +70,6 @@ struct Listed<'a> {
 }
 
 #[derive(Serialize)]
-struct Redriven<'a> {
-    topic: &'a str,
-    redriven: u64,
-    refused: u64,
-}
-
-#[derive(Serialize)]
 struct Purged<'a> {
     topic: &'a str,
     purged: u64,
@@ -95,14 +78,15 @@ struct Purged<'a> {
 impl Dlq {
     /// Whether the broker answers only when it has gone through all dead letters.
     pub(super) fn is_long(&self) -> bool {
-        matches!(self, Self::Redrive { .. } | Self::Purge { .. })
+        matches!(self, Self::Purge { .. })
     }
 
     pub(super) async fn run(self, client: Client, format: Format) -> anyhow::Result<()> {
         match self {
             Self::List { group } => list(&client.admin().dead_letter_topics(group.as_deref()).await?, format),
             Self::Show { topic, count } => show(client, &topic, count, format).await,
-            Self::Redrive { which, to } => redrive(&client, &which, to, format).await,
+            Self::Redrive(redrive) => redrive.run(&client, format).await,
+            Self::Jobs(jobs) => jobs.run(&client, format).await,
             Self::Purge { which } => purge(&client, &which, format).await,
         }
     }
@@ -178,28 +162,6 @@ async fn show(client: Client, topic: &str, count: Option<u64>, format: Format) -
         Ok(())
     })
     .await
-}
-
-async fn redrive(client: &Client, which: &Which, to: Target, format: Format) -> anyhow::Result<()> {
-    let target = match to {
-        Target::Group => RedriveTarget::Group,
-        Target::Source => RedriveTarget::Source,
-    };
-    for one in which.find(client).await? {
-        let done = client.admin().redrive(&one.group, &one.source_topic, target).await?;
-        match format {
-            Format::Json => {
-                print_json(&Redriven { topic: &one.topic, redriven: done.redriven, refused: done.refused })?;
-            }
-            Format::Table => {
-                print_line(&format!(
-                    "{}: {} redriven, {} refused by the loop guard",
-                    one.topic, done.redriven, done.refused
-                ))?;
-            }
-        }
-    }
-    Ok(())
 }
 
 async fn purge(client: &Client, which: &Which, format: Format) -> anyhow::Result<()> {

@@ -1,33 +1,23 @@
-//! Redrive and purge: background jobs that consume a dead-letter topic through its hidden share group.
+//! Purge: drops the dead letters that are there when it begins.
 //!
-//! A job is an ordinary member of that group. Each letter is settled and, in a redrive, its record appended to the target in
-//! one journal frame (`complete`), so that a crash neither loses nor doubles a record: what was not moved is still a
-//! pending letter afterwards, and the job can be asked for again.
-//!
-//! A job is about the letters that were there when it began. Later ones, and those refused for having been redriven too
-//! often, are put back for a moment and stay pending.
+//! A purge is an ordinary member of the topic's hidden group, which rejects each letter while the group discards what it gives up. It
+//! ends with the connection that asked for it; asked for again it goes on with what is left.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use felucca_protocol::batch::{self, BatchHeader, Record};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::broker::{Broker, BrokerError};
-use crate::engine::command::{
-    AppendEntry, Command, FailureDetail, LeaseRef, Outcome, Settlement, StagedBatch,
-};
-use crate::engine::dead_letter;
+use crate::engine::command::{Command, FailureDetail, LeaseRef, Outcome, Settlement};
 use crate::engine::effect::{DeadLetterInfo, Delivery, Reply, SettleStatus};
 use crate::engine::error::EngineError;
 use crate::engine::types::{LeaseId, Level, PartitionKey, SubscriptionId};
 use crate::shard::{Answer, Origin, Responder, Sink, Submission, Token};
 
-/// A record that was redriven so often is left where it is: it would go round for ever.
-const MAX_REDRIVES: u32 = 3;
 /// Letters that a job holds at a time: bounds its memory, with the size of the largest letter.
 const CREDIT_RECORDS: u32 = 64;
 /// How long a letter that is none of the job's business is put back.
@@ -37,26 +27,9 @@ const LOOK: Duration = Duration::from_millis(200);
 /// Longest that a job goes on without any letter moving.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Where redriven records go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RedriveTarget {
-    /// A topic that only the group that failed on them reads.
-    Group,
-    /// The topic that they came from, for all its readers.
-    Source,
-}
-
-/// What a redrive did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Redriven {
-    pub redriven: u64,
-    /// Left where they are, because they were redriven too often.
-    pub refused: u64,
-}
-
-/// Why a job ended early. What it had done until then stands.
+/// Why a purge ended early. What it had done until then stands.
 #[derive(Debug, thiserror::Error)]
-pub enum RedriveError {
+pub enum PurgeError {
     #[error(transparent)]
     Broker(#[from] BrokerError),
     #[error("share group {group:?} has no dead letters of topic {source_topic:?}")]
@@ -65,51 +38,26 @@ pub enum RedriveError {
     Stalled { after: Duration, settled: u64 },
 }
 
-impl From<EngineError> for RedriveError {
+impl From<EngineError> for PurgeError {
     fn from(error: EngineError) -> Self {
         Self::Broker(error.into())
     }
 }
 
-/// Moves every dead letter of (group, source topic) that is there now to the target. Dropping the future ends the job.
-///
-/// # Errors
-/// See [`RedriveError`].
-pub async fn redrive(
-    broker: &Broker,
-    group: &str,
-    source: &str,
-    target: RedriveTarget,
-) -> Result<Redriven, RedriveError> {
-    let letters = find(broker, group, source).await?;
-    let name = match target {
-        // The private topic and the hidden group share their name.
-        RedriveTarget::Group => &letters.redrive_group,
-        RedriveTarget::Source => source,
-    };
-    let target = broker.topic(name).await?;
-    // In case a purge was cut short.
-    broker.call(on_exhausted(&letters, "hold")).await?;
-    let job = Job::begin(broker, &letters).await?;
-    let (redriven, refused) = job.run(&Work::Redrive { target: target.id }).await?;
-    tracing::info!(group, source, target = target.name, redriven, refused, "redriven");
-    Ok(Redriven { redriven, refused })
-}
-
 /// Discards every dead letter of (group, source topic) that is there now; returns how many. Dropping the future ends the job.
 ///
 /// # Errors
-/// See [`RedriveError`].
-pub async fn purge(broker: &Broker, group: &str, source: &str) -> Result<u64, RedriveError> {
+/// See [`PurgeError`].
+pub async fn purge(broker: &Broker, group: &str, source: &str) -> Result<u64, PurgeError> {
     let letters = find(broker, group, source).await?;
     // What the hidden group gives up is held, except while a purge is on.
     broker.call(on_exhausted(&letters, "discard")).await?;
     let purged = match Job::begin(broker, &letters).await {
-        Ok(job) => job.run(&Work::Purge).await,
+        Ok(job) => job.run().await,
         Err(error) => Err(error),
     };
     broker.call(on_exhausted(&letters, "hold")).await?;
-    let (purged, _) = purged?;
+    let purged = purged?;
     tracing::info!(group, source, purged, "dead letters purged");
     Ok(purged)
 }
@@ -121,19 +69,13 @@ fn on_exhausted(letters: &DeadLetterInfo, value: &str) -> Command {
     }
 }
 
-async fn find(broker: &Broker, group: &str, source: &str) -> Result<DeadLetterInfo, RedriveError> {
+async fn find(broker: &Broker, group: &str, source: &str) -> Result<DeadLetterInfo, PurgeError> {
     match broker.call(Command::ListDeadLetters { group: Some(group.to_owned()) }).await? {
         Reply::DeadLetters(all) => all.into_iter().find(|info| info.source == source).ok_or_else(|| {
-            RedriveError::NoDeadLetters { group: group.to_owned(), source_topic: source.to_owned() }
+            PurgeError::NoDeadLetters { group: group.to_owned(), source_topic: source.to_owned() }
         }),
         _ => Err(BrokerError::Unexpected("ListDeadLetters").into()),
     }
-}
-
-#[derive(Debug)]
-enum Work {
-    Redrive { target: crate::engine::types::TopicId },
-    Purge,
 }
 
 /// What comes back to a job.
@@ -186,8 +128,7 @@ struct Job<'a> {
     mail: mpsc::UnboundedReceiver<Mail>,
     /// First offset of each partition that is none of this job's business.
     ends: Vec<u64>,
-    /// Letters put back: refused, and too new.
-    refused: HashSet<(PartitionKey, u64)>,
+    /// Letters put back because they are too new.
     later: HashSet<(PartitionKey, u64)>,
     settled: u64,
     /// Letters whose settling is not answered yet.
@@ -202,7 +143,7 @@ impl Drop for Job<'_> {
 }
 
 impl<'a> Job<'a> {
-    async fn begin(broker: &'a Broker, letters: &DeadLetterInfo) -> Result<Self, RedriveError> {
+    async fn begin(broker: &'a Broker, letters: &DeadLetterInfo) -> Result<Self, PurgeError> {
         let views = broker.views_of(letters.topic.id)?;
         let (sender, mail) = mpsc::unbounded_channel();
         let mut job = Self {
@@ -213,7 +154,6 @@ impl<'a> Job<'a> {
             origin: Origin::new(Arc::new(Mailbox(sender)), None),
             mail,
             ends: views.iter().map(|view| view.high_watermark()).collect(),
-            refused: HashSet::new(),
             later: HashSet::new(),
             settled: 0,
             unanswered: 0,
@@ -236,14 +176,14 @@ impl<'a> Job<'a> {
         self.broker.submit([Submission::new(command, responder, 0)]);
     }
 
-    /// Works through all letters; answers how many were settled, and how many refused.
-    async fn run(mut self, work: &Work) -> Result<(u64, u64), RedriveError> {
+    /// Works through all letters; answers how many were dropped.
+    async fn run(mut self) -> Result<u64, PurgeError> {
         let mut moved_last = Instant::now();
         let mut seen = Instant::now();
         loop {
-            let before = (self.settled, self.refused.len());
+            let before = self.settled;
             match timeout(LOOK, self.mail.recv()).await {
-                Ok(Some(Mail::Delivery(delivery))) => self.take(work, &delivery).await?,
+                Ok(Some(Mail::Delivery(delivery))) => self.take(&delivery),
                 Ok(Some(Mail::Answer(SETTLED, reply))) => self.count(reply)?,
                 Ok(Some(Mail::Answer(_, Reply::Error(error)) | Mail::Ended(error))) => {
                     return Err(error.into());
@@ -253,16 +193,15 @@ impl<'a> Job<'a> {
                 // The mailbox cannot close, for this job holds it.
                 Ok(None) | Err(_) => {
                     if self.unanswered == 0 && self.is_done().await? {
-                        let refused = self.refused.len() as u64;
-                        return Ok((self.settled, refused));
+                        return Ok(self.settled);
                     }
                 }
             }
-            if (self.settled, self.refused.len()) != before {
+            if self.settled != before {
                 moved_last = Instant::now();
             }
             if moved_last.elapsed() > PATIENCE {
-                return Err(RedriveError::Stalled { after: PATIENCE, settled: self.settled });
+                return Err(PurgeError::Stalled { after: PATIENCE, settled: self.settled });
             }
             if seen.elapsed() > Duration::from_secs(1) {
                 seen = Instant::now();
@@ -273,20 +212,16 @@ impl<'a> Job<'a> {
     }
 
     /// True when nothing is left but what was put back, or can never be read.
-    async fn is_done(&self) -> Result<bool, RedriveError> {
+    async fn is_done(&self) -> Result<bool, PurgeError> {
         let (description, _) = self.broker.describe_group(&self.group).await?;
         let waiting: u64 =
             description.partitions.iter().map(|partition| partition.lag.saturating_sub(partition.held)).sum();
-        Ok(waiting <= (self.refused.len() + self.later.len()) as u64)
+        Ok(waiting <= self.later.len() as u64)
     }
 
-    /// Settles what was delivered, or puts it back.
-    async fn take(&mut self, work: &Work, delivery: &Delivery) -> Result<(), RedriveError> {
+    /// Drops what was delivered, or puts it back.
+    fn take(&mut self, delivery: &Delivery) {
         let key = delivery.partition;
-        let records = match work {
-            Work::Purge => Vec::new(),
-            Work::Redrive { .. } => self.read(delivery).await?,
-        };
         let end = self.ends.get(key.partition as usize).copied().unwrap_or(0);
         let mut settlements = Vec::new();
         for (index, record) in delivery.records.iter().enumerate() {
@@ -298,30 +233,14 @@ impl<'a> Job<'a> {
             if record.offset >= end {
                 self.later.insert((key, record.offset));
                 settlements.push(put_back(lease));
-                continue;
-            }
-            match (work, records.get(index)) {
-                (Work::Redrive { .. }, Some(letter))
-                    if dead_letter::redrive_count(letter) >= MAX_REDRIVES =>
-                {
-                    self.refused.insert((key, record.offset));
-                    settlements.push(put_back(lease));
-                }
-                (Work::Redrive { target }, Some(letter)) => {
-                    let target = PartitionKey { topic: *target, partition: key.partition };
-                    self.complete(lease, target, letter);
-                }
-                (Work::Redrive { .. }, None) => settlements.push(put_back(lease)),
-                (Work::Purge, _) => {
-                    let outcome = Outcome::Reject { detail: FailureDetail::default() };
-                    self.settle(vec![Settlement { record: lease, outcome }], SETTLED);
-                }
+            } else {
+                let outcome = Outcome::Reject { detail: FailureDetail::default() };
+                self.settle(vec![Settlement { record: lease, outcome }], SETTLED);
             }
         }
         if !settlements.is_empty() {
             self.settle(settlements, PUT);
         }
-        Ok(())
     }
 
     /// Makes room for as many letters as were let go.
@@ -333,51 +252,15 @@ impl<'a> Job<'a> {
         self.broker.submit([Submission::silent(credit)]);
     }
 
-    async fn read(&self, delivery: &Delivery) -> Result<Vec<Record>, RedriveError> {
-        let view = self.broker.view(delivery.partition)?;
-        let offsets = delivery.records.iter().map(|record| record.offset).collect();
-        match view.read_exactly(offsets).await {
-            Ok(batches) => {
-                let records = batches.iter().filter_map(|batch| batch::records(batch).ok()).flatten();
-                Ok(records.filter_map(Result::ok).collect())
-            }
-            Err(error) => {
-                tracing::error!(topic = %view.topic(), partition = %delivery.partition, %error, "cannot read dead letters");
-                Ok(Vec::new())
-            }
-        }
-    }
-
-    fn complete(&mut self, record: LeaseRef, partition: PartitionKey, letter: &Record) {
-        let batch = dead_letter::redriven(letter, self.broker.wall_ms())
-            .and_then(|bytes| BatchHeader::parse(&bytes).map(|header| StagedBatch { header, bytes }));
-        match batch {
-            Ok(batch) => {
-                let command = Command::Complete {
-                    group: self.group.clone(),
-                    member: self.member.clone(),
-                    record,
-                    outputs: vec![AppendEntry { partition, batch }],
-                };
-                self.submit(command, SETTLED);
-            }
-            Err(error) => {
-                tracing::error!(partition = %record.partition, offset = record.offset, %error, "cannot redrive a letter");
-                self.settle(vec![put_back(record)], PUT);
-            }
-        }
-    }
-
     fn settle(&mut self, settlements: Vec<Settlement>, correlation: u64) {
         let (group, member) = (self.group.clone(), self.member.clone());
         self.submit(Command::Settle { group, member, level: Level::Synced, settlements }, correlation);
     }
 
     /// Counts a letter that was settled for good.
-    fn count(&mut self, reply: Reply) -> Result<(), RedriveError> {
+    fn count(&mut self, reply: Reply) -> Result<(), PurgeError> {
         self.unanswered -= 1;
         let result = match reply {
-            Reply::Completed { result, .. } => Some(result),
             Reply::Settled(results) => results.first().copied(),
             Reply::Error(error) => return Err(error.into()),
             _ => None,
