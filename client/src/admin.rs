@@ -8,8 +8,8 @@ use felucca_protocol::{Api, ErrorCode, message};
 pub use felucca_protocol::message::{
     BrokerCondition, DamagedRange, DeadLetterTopic, DescribeBrokerReply as BrokerDescription,
     DescribeGroupReply as GroupDescription, GroupKind, GroupListing, GroupMember, GroupOutage,
-    GroupPartition, PartitionOffsets, RedriveAction,
-    RedriveReply as Redrive, RedriveSpec, RedriveState, RedriveTarget, ShareAlarm, TopicKind,
+    GroupPartition, PartitionOffsets, RedriveAction, RedriveReply as Redrive, RedriveSpec, RedriveState,
+    RedriveTarget, ShareAlarm, TopicKind,
 };
 
 use crate::client::Client;

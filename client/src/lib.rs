@@ -62,7 +62,8 @@ mod testing;
 pub use admin::{
     Admin, BrokerCondition, BrokerDescription, CommittedOffset, DamagedRange, DeadLetterTopic,
     GroupDescription, GroupKind, GroupListing, GroupMember, GroupOutage, GroupPartition, PartitionOffsets,
-    Redrive, RedriveAction, RedriveSpec, RedriveState, RedriveTarget, Redriven, SeekTo, ShareAlarm, Topic, TopicKind,
+    Redrive, RedriveAction, RedriveSpec, RedriveState, RedriveTarget, Redriven, SeekTo, ShareAlarm, Topic,
+    TopicKind,
 };
 pub use client::{Client, ClientBuilder};
 pub use consumer::{Consumer, ConsumerBuilder, OutOfRange, Start};

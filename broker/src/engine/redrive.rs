@@ -94,7 +94,8 @@ impl Engine {
             other => return Err(EngineError::InvalidRequest(format!("unknown redrive target {other}"))),
         })?;
         if target.kind != TopicKind::Standard && *target.name != *redrives {
-            let why = format!("topic {:?} belongs to a share group: nothing is redriven to it", &*target.name);
+            let why =
+                format!("topic {:?} belongs to a share group: nothing is redriven to it", &*target.name);
             return Err(EngineError::InvalidRequest(why));
         }
         if spec.partition.is_some_and(|partition| partition >= letters.partitions) {
@@ -234,11 +235,14 @@ impl Engine {
         };
         let key = PartitionKey { topic, partition: found.partition };
         let hidden = self.served_group(&row.redrive_name())?;
-        let is_pending = |offset: u64| hidden.partition(&key).is_some_and(|letters| letters.is_pending(offset));
+        let is_pending =
+            |offset: u64| hidden.partition(&key).is_some_and(|letters| letters.is_pending(offset));
         let mut letters = found.letters;
         letters.retain(|(offset, _)| is_pending(*offset));
         if row.room().is_some_and(|room| letters.len() as u64 > room) {
-            return Err(EngineError::InvalidRequest(format!("redrive {id:?} is to move no more than its limit")));
+            return Err(EngineError::InvalidRequest(format!(
+                "redrive {id:?} is to move no more than its limit"
+            )));
         }
         let name = hidden.name.clone();
         for (_, entry) in &letters {

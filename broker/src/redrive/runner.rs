@@ -29,9 +29,9 @@ pub(crate) async fn run(broker: Broker) {
             tasks.retain(|_, task| !task.is_finished());
             for row in rows.into_iter().filter(|row| row.state == state::RUNNING) {
                 let id = row.id.clone();
-                tasks.entry(id).or_insert_with(|| {
-                    AbortOnDropHandle::new(tokio::spawn(redrive(broker.clone(), row)))
-                });
+                tasks
+                    .entry(id)
+                    .or_insert_with(|| AbortOnDropHandle::new(tokio::spawn(redrive(broker.clone(), row))));
             }
         }
         tokio::select! {

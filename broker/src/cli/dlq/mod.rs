@@ -35,7 +35,7 @@ pub(super) enum Dlq {
         count: Option<u64>,
     },
     /// Give dead letters another chance: all that wait, or those that a filter chooses
-    Redrive(Redrive),
+    Redrive(Box<Redrive>),
     /// List redrives, pause, resume and cancel them
     #[command(subcommand)]
     Jobs(Jobs),

@@ -276,7 +276,9 @@ pub(super) fn encode_reply(buffer: &mut BytesMut, api: u8, correlation: u64, rep
             put.message(&wire::CompleteReply { result: Some(settle_result(result)), base_offsets });
         }
         // For the cleaner and for redrives only: no request asks for it.
-        Reply::Cleaning(_) | Reply::PendingLetters(_) => put.error(&wire::Error::new(ErrorCode::Internal, "not an answer to a request")),
+        Reply::Cleaning(_) | Reply::PendingLetters(_) => {
+            put.error(&wire::Error::new(ErrorCode::Internal, "not an answer to a request"));
+        }
         Reply::Error(error) => put.error(&engine_error(&error)),
     }
 }
