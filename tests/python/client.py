@@ -274,6 +274,7 @@ REQUESTS = {
     "Complete": (53, "CompleteReply"),
     "ListDeadLetters": (60, "ListDeadLettersReply"),
     "Redrive": (61, "RedriveReply"),
+    "ListRedrives": (63, "ListRedrivesReply"),
 }
 PUSHES = {26: "Records", 27: "SubscriptionEnded", 51: "LeasedRecords"}
 
@@ -733,8 +734,14 @@ def check_dead_letter(connection, source, partition, group):
 
 
 def check_redrive(connection, member, source, partition):
-    request = {"group": member.group, "source_topic": source["name"], "target": "REDRIVE_TARGET_GROUP"}
-    same(connection.ask("Redrive", **request), {"redriven": 1, "refused": 0})
+    spec = {"group": member.group, "source_topic": source["name"], "target": "REDRIVE_TARGET_GROUP"}
+    redrive = connection.ask("Redrive", id="all", spec=spec)
+    while redrive["state"] == "REDRIVE_STATE_RUNNING":
+        time.sleep(0.01)
+        redrive = connection.ask("Redrive", id="all", spec=spec)
+    same([redrive[name] for name in ("state", "examined", "moved", "refused")], ["REDRIVE_STATE_DONE", 1, 1, 0])
+    (listed,) = connection.ask("ListRedrives", group=member.group)["redrives"]
+    same(listed, redrive)
     member.give(1)
     ((lease, record, *counts),) = member.take(1)
     (redrives,) = connection.ask("Metadata", topics=[f"redrive.{member.group}.{source['name']}"])["topics"]
