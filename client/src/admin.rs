@@ -151,7 +151,7 @@ impl Admin {
     /// log starts now. What a share group has in hand it keeps; what it was never given expires. Offsets are never used again.
     ///
     /// # Errors
-    /// Topic or partition is unknown; [`ErrorCode::OffsetOutOfRange`](crate::ErrorCode::OffsetOutOfRange) above the high watermark.
+    /// Topic or partition is unknown; [`ErrorCode::OffsetOutOfRange`] above the high watermark.
     pub async fn delete_records(&self, topic: &str, partition: u32, before: u64) -> Result<u64> {
         let request = message::DeleteRecords { topic: topic.to_owned(), partition, before };
         // The same again changes nothing.
