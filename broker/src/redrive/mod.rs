@@ -1,5 +1,5 @@
 //! What is done with dead letters: given another chance ([`runner`], on the plan that [`crate::engine::redrive`] keeps), looked through
-//! ([`find`]), dropped ([`purge`]).
+//! ([`find`]), dropped ([`mod@purge`]).
 
 mod find;
 mod purge;
