@@ -145,11 +145,14 @@ impl ShareGroup {
         let is_alone = |subscription: &Subscription| self.ledger.holders.is_alone(&subscription.member);
         // One that neither has credit nor will have it by settling something is waited for in vain.
         let hopeful = |subscription: &Subscription| subscription.has_credit() || leases(subscription) > 0;
+        // Else a suspect would be tried again and again before others: in an outage for ever, for it would be every probe.
+        let in_turn = |subscription: &Subscription| self.ready.is_empty() || !subscription.had_alone;
         let kept = self.reserved.and_then(|id| self.subscriptions.get(&id)).is_some_and(hopeful);
         if self.alone.is_empty() || kept {
             return;
         }
-        let candidates = self.subscriptions.iter().filter(|(_, one)| hopeful(one) && !is_alone(one));
+        let candidates =
+            self.subscriptions.iter().filter(|(_, one)| hopeful(one) && in_turn(one) && !is_alone(one));
         let chosen = candidates.min_by_key(|(_, one)| (!one.has_credit(), leases(one)));
         let former = std::mem::replace(&mut self.reserved, chosen.map(|(id, _)| *id));
         for id in former.into_iter().chain(self.reserved) {

@@ -68,6 +68,37 @@ fn an_outage_puts_nothing_into_the_dead_letters_and_without_the_guard_it_does() 
 }
 
 #[test]
+fn a_suspect_that_always_fails_does_not_take_every_probe() {
+    let config: Vec<_> = CONFIG.iter().copied().chain([("max-failures", "6")]).collect();
+    let (mut bench, mut leases) = started(&config, 1);
+    // Always back before the next probe is due.
+    let soon = || Outcome::Nack { delay_ms: Some(10), counted: true, detail: FailureDetail::default() };
+    // Three failures make a suspect of record 0, six more turn the guard on.
+    for _ in 0..3 {
+        bench.settle("a", leases[0], soon());
+        bench.credit(1, 1);
+        bench.advance(200);
+        leases = bench.delivered().into_iter().map(|(lease, _, _)| lease).collect();
+    }
+    bench.settle("a", leases[0], Outcome::Release);
+    bench.append(None, 6).unwrap();
+    for _ in 0..400 {
+        let is_down = bench.counts().failures < 9;
+        for (lease, _, _) in bench.delivered() {
+            let outcome = match lease.offset {
+                0 => soon(),
+                _ if is_down => failed(),
+                _ => Outcome::Ack,
+            };
+            bench.settle("a", lease, outcome);
+        }
+        bench.credit(1, 100);
+        bench.advance(50);
+    }
+    assert_eq!(bench.counts().acked, 6, "the others are probed too");
+}
+
+#[test]
 fn it_probes_with_one_record_at_a_time_and_pauses_between() {
     let mut bench = down(9);
     assert_eq!(bench.describe().outage.map(|outage| (outage.limit, outage.next_probe_ms)), Some((1, 100)));
