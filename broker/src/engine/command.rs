@@ -35,6 +35,19 @@ pub enum HeldFate {
     Discard,
 }
 
+/// Letters of a redrive that were found in a partition of its dead-letter topic from its position there up to `next`.
+#[derive(Clone, Debug)]
+pub struct FoundLetters {
+    pub partition: u32,
+    pub from: u64,
+    pub next: u64,
+    /// Letters looked at, and those left because they were redriven too often.
+    pub examined: u64,
+    pub refused: u64,
+    /// Each with its offset, ascending; letters that somebody else has or has had are left out.
+    pub letters: Vec<(u64, AppendEntry)>,
+}
+
 /// What is done with a redrive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RedriveAction {
@@ -249,18 +262,10 @@ pub enum Command {
     ListRedrives {
         group: Option<String>,
     },
-    /// Moves the letters of a running redrive that were found in a partition of its dead-letter topic from its position there up to
-    /// `next`. Nothing is done when the redrive does not stand there.
+    /// Moves the letters of a running redrive that were found. Nothing is done when the redrive does not stand there.
     MoveLetters {
         id: String,
-        partition: u32,
-        from: u64,
-        next: u64,
-        /// Letters looked at, and those left because they were redriven too often.
-        examined: u64,
-        refused: u64,
-        /// Each with its offset; letters that somebody else has or has had are left out.
-        letters: Vec<(u64, AppendEntry)>,
+        found: Box<FoundLetters>,
     },
     /// A redrive cannot go on.
     FailRedrive {
@@ -346,8 +351,8 @@ impl Command {
                 entries.iter().map(|entry| entry.batch.bytes.len()).sum()
             }
             Self::DeadLetterBuilt { letter: Ok(letter), .. } => letter.bytes.len(),
-            Self::MoveLetters { letters, .. } => {
-                letters.iter().map(|(_, entry)| entry.batch.bytes.len()).sum()
+            Self::MoveLetters { found, .. } => {
+                found.letters.iter().map(|(_, entry)| entry.batch.bytes.len()).sum()
             }
             _ => 0,
         }

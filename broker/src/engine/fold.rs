@@ -10,7 +10,7 @@ use prost::Message;
 use super::catalog::Topic;
 use super::config::{ShareConfig, TopicConfig, from_entries};
 use super::effect::{Effects, SegmentName, ViewChange};
-use super::event::{self, event::Kind};
+use super::event::{self, RedriveRow, event::Kind};
 use super::partition::{Partition, Segment};
 use super::share::ShareGroup;
 use super::share::outage::Outage;
@@ -107,7 +107,7 @@ impl Engine {
             Kind::RedriveNoted(row) => {
                 let id: std::sync::Arc<str> = row.id.as_str().into();
                 self.desk.dirty.insert(RowKey::Redrive(id.clone()));
-                self.redrives.insert(id, row.clone());
+                self.redrives.insert(id, RedriveRow::clone(row));
             }
             Kind::RedriveForgotten(event) => {
                 if let Some((id, _)) = self.redrives.remove_entry(event.id.as_str()) {

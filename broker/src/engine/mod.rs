@@ -418,10 +418,7 @@ impl Engine {
             }
             Command::AlterRedrive { id, action } => self.alter_redrive(now, &id, action, out),
             Command::ListRedrives { group } => Ok(self.list_redrives(group.as_deref())),
-            Command::MoveLetters { id, partition, from, next, examined, refused, letters } => {
-                let found = redrive::Found { partition, from, next, examined, refused, letters };
-                self.move_letters(now, lsn, &id, found, out)
-            }
+            Command::MoveLetters { id, found } => self.move_letters(now, lsn, &id, *found, out),
             Command::FailRedrive { id, failure } => self.fail_redrive(now, &id, failure, out),
             Command::PendingLetters { group, source_topic, partition, offsets } => {
                 self.pending_letters(&group, &source_topic, partition, offsets)

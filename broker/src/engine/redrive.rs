@@ -10,7 +10,7 @@
 use super::Engine;
 use super::append::Origin;
 use super::catalog;
-use super::command::{AppendEntry, RedriveAction};
+use super::command::{FoundLetters, RedriveAction};
 use super::effect::{Effects, Reply, TopicKind};
 use super::error::EngineError;
 use super::event::{RedriveForgotten, RedriveRow, RedriveSpec, event::Kind};
@@ -35,17 +35,6 @@ pub mod target {
     pub const GROUP: u32 = 0;
     pub const SOURCE: u32 = 1;
     pub const TOPIC: u32 = 2;
-}
-
-/// What was found in a partition of a dead-letter topic.
-#[derive(Debug)]
-pub(super) struct Found {
-    pub(super) partition: u32,
-    pub(super) from: u64,
-    pub(super) next: u64,
-    pub(super) examined: u64,
-    pub(super) refused: u64,
-    pub(super) letters: Vec<(u64, AppendEntry)>,
 }
 
 impl RedriveRow {
@@ -161,7 +150,7 @@ impl Engine {
             row.state = state::DONE;
         }
         row.changed_ms = now.wall_ms;
-        self.stage_event(Kind::RedriveNoted(row.clone()), out);
+        self.stage_event(Kind::RedriveNoted(Box::new(row.clone())), out);
         Reply::Redrive(Box::new(row))
     }
 
@@ -221,7 +210,7 @@ impl Engine {
         now: Now,
         lsn: Lsn,
         id: &str,
-        found: Found,
+        found: FoundLetters,
         out: &mut Effects,
     ) -> Result<Reply, EngineError> {
         let mut row = self.redrive_row(id)?;

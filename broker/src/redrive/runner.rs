@@ -8,7 +8,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::find::{Piece, piece};
 use crate::broker::{Broker, BrokerError};
-use crate::engine::command::Command;
+use crate::engine::command::{Command, FoundLetters};
 use crate::engine::effect::Reply;
 use crate::engine::error::EngineError;
 use crate::engine::event::RedriveRow;
@@ -92,8 +92,8 @@ async fn step(broker: &Broker, row: &RedriveRow) -> Result<RedriveRow, BrokerErr
         // What is there is not visible yet.
         sleep(PAUSE).await;
     }
-    let command =
-        Command::MoveLetters { id: row.id.clone(), partition, from, next, examined, refused, letters };
+    let found = Box::new(FoundLetters { partition, from, next, examined, refused, letters });
+    let command = Command::MoveLetters { id: row.id.clone(), found };
     let Reply::Redrive(moved) = broker.call(command).await? else {
         return Err(BrokerError::Unexpected("MoveLetters"));
     };
